@@ -1,0 +1,1 @@
+"""From raw text to tokenized, verified data sets: one view per phase of the curriculum."""

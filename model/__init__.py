@@ -1,0 +1,1 @@
+"""Granite on Megatron-Core: configuration, builder, layer spec, Hugging Face conversion, checkpoint merge."""

@@ -1,0 +1,1 @@
+"""What to train: a Hydra tree of YAML, a typed schema, a linter and a planner. Imports nothing else of Quarry."""
