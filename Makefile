@@ -1,0 +1,35 @@
+# `make run` trains the smoke curriculum on this machine, `make test` runs the tests; both set up the environment first.
+SHELL := /bin/bash
+VENV := .venv
+QUARRY := $(VENV)/bin/quarry
+STAMP := $(VENV)/.installed
+# Tests use this many processes; each may start two ranks.
+TEST_PROCESSES ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lint lock clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+setup: $(STAMP)  ## make .venv with quarry in it (uv if present, else pip)
+
+$(STAMP): requirements.lock pyproject.toml .python-version
+	bash scripts/setup.sh $(VENV)
+	@touch $@
+
+run: $(STAMP)  ## train the smoke curriculum here, under runs/ (no GPU needed)
+	$(QUARRY) launch curriculum=smoke cluster=local $(OVERRIDES)
+
+test: $(STAMP)  ## the tests
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST)
+
+lint: $(STAMP)  ## ruff: rules and format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+lock: $(STAMP)  ## resolve requirements.lock anew
+	bash scripts/lock.sh $(VENV)
+
+clean:  ## remove what runs and tests left (keeps .venv)
+	rm -rf runs outputs .pytest_cache .ruff_cache .hypothesis build *.egg-info

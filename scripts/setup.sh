@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Make the environment FOLDER (default .venv) from requirements.lock, with quarry installed in it as an editable package.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=${1:-.venv}
+version=$(cat .python-version)
+export UV_PYTHON_DOWNLOADS=never
+
+if command -v uv >/dev/null 2>&1; then
+  [ -x "$venv/bin/python" ] || uv venv --quiet --python "$version" "$venv"
+  uv pip install --quiet --python "$venv/bin/python" -r requirements.lock
+  uv pip install --quiet --python "$venv/bin/python" --no-deps -e .
+else
+  if [ ! -x "$venv/bin/python" ]; then
+    python=$(command -v "python$version" || true)
+    if [ -z "$python" ] || ! "$python" -c '' 2>/dev/null; then
+      echo "error: Quarry needs Python $version; neither uv nor a working python$version is on the PATH" >&2
+      exit 1
+    fi
+    "$python" -m venv "$venv"
+  fi
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.lock
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+fi
+# Byte code now, all cores, instead of during the first run.
+"$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null 2>&1 || true
+echo "environment ready: $venv ($("$venv/bin/python" --version))"

@@ -1,0 +1,76 @@
+"""The training data of a phase: Megatron's blended data set over the views that data_prep made, and the ledger of what was drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from data_prep.manifest import MixtureManifest
+from megatron.core import parallel_state as mpu
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.training import get_args, get_tokenizer
+
+# BlendedDataset adds a dataset_id of another shape, which context parallelism cannot slice.
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+def reads_data(vp_stage: int | None = None) -> bool:
+    """Only the first and the last pipeline stage look at tokens and labels."""
+    ignore_virtual = vp_stage is None
+    return mpu.is_pipeline_first_stage(ignore_virtual=ignore_virtual, vp_stage=vp_stage) or mpu.is_pipeline_last_stage(
+        ignore_virtual=ignore_virtual, vp_stage=vp_stage
+    )
+
+
+def build_dataset(manifest: MixtureManifest, data_root: Path, samples: int, vp_stage: int | None = None) -> Any:
+    """Megatron's data set over the phase's views; every tensor-parallel rank maps the files itself, so no batch is broadcast.
+
+    Returns None on ranks that read no data.
+    """
+    args = get_args()
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend_per_split=[
+            ([str(data_root / s.prefix) for s in manifest.sources.values()], [s.weight for s in manifest.sources.values()]),
+            None,
+            None,
+        ],
+        path_to_cache=str(data_root / "cache" / manifest.phase),
+        tokenizer=get_tokenizer(),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    train, _, _ = BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: reads_data(vp_stage), config).build()
+    return train
+
+
+def count_drawn(dataset: Any, manifest: MixtureManifest, consumed_samples: int) -> dict[str, dict[str, int]]:
+    """What the first `consumed_samples` samples of `dataset` were drawn from: {source: {"samples", "tokens"}}, exactly."""
+    names = list(manifest.sources)
+    if isinstance(dataset, BlendedDataset):
+        counts = np.bincount(dataset.dataset_index[:consumed_samples], minlength=len(names))
+    else:  # Megatron returns the data set itself when the blend has one member
+        counts = np.array([consumed_samples])
+    return {
+        name: {"samples": int(n), "tokens": int(n) * manifest.seq_length_tokens} for name, n in zip(names, counts, strict=True)
+    }
+
+
+def get_batch(data_iterator: Any, vp_stage: int | None = None) -> dict[str, torch.Tensor | None]:
+    """The next micro batch of this rank: tokens, labels, position_ids [b, s/cp] int64, loss_mask [b, s/cp] float32.
+
+    With context parallelism a rank holds chunks r and 2cp-1-r of the sequence (Megatron's zig-zag order).
+    """
+    if not reads_data(vp_stage):
+        return dict.fromkeys(BATCH_KEYS)
+    sample = next(data_iterator)
+    batch: dict[str, Any] = {key: sample[key].cuda(non_blocking=True) for key in BATCH_KEYS}
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())

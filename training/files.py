@@ -1,0 +1,83 @@
+"""Files that are either whole or absent: atomic JSON, digests, and the tail of a log that may have been cut."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+BLOCK_BYTES = 8 << 20
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` under a temporary name, fsync, rename, and fsync the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=1, sort_keys=True)
+        f.write("\n")
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Digest of the canonical JSON of `value`."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def digest_folder(folder: Path) -> dict[str, dict[str, int | str]]:
+    """{path relative to `folder`: {"bytes", "sha256"}} of every file below it. Threads: hashing releases the GIL."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+        sums = list(pool.map(sha256_file, paths))
+    return {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": s} for p, s in zip(paths, sums, strict=True)}
+
+
+def compare_folder(folder: Path, recorded: dict[str, dict[str, int | str]]) -> list[str]:
+    """Differences between the files below `folder` and their record, one sentence each; empty when all are as recorded."""
+    problems: list[str] = []
+    to_hash: list[str] = []
+    for name, record in recorded.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif path.stat().st_size != record["bytes"]:
+            problems.append(f"{path} has {path.stat().st_size} bytes, recorded {record['bytes']}")
+        else:
+            to_hash.append(name)
+    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+        for name, found in zip(to_hash, pool.map(lambda n: sha256_file(folder / n), to_hash), strict=True):
+            if found != recorded[name]["sha256"]:
+                problems.append(
+                    f"{folder / name} was altered: SHA-256 {found[:12]}..., recorded {str(recorded[name]['sha256'])[:12]}..."
+                )
+    return problems
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines file; a last line that was cut while it was being written is left out. [] if there is no file."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    whole, last = lines[:-1], lines[-1]
+    objects = [json.loads(line) for line in whole if line.strip()]
+    if last.strip():
+        # The writer may have been killed inside this line; what it held is written again after the resume.
+        with contextlib.suppress(json.JSONDecodeError):
+            objects.append(json.loads(last))
+    return objects

@@ -1,0 +1,306 @@
+"""One rank of one pre-training phase, over `megatron.training.pretrain`. Started by training.stage, never by hand."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from recipes.schedules import learning_rate_function
+
+from recipes.schema import Recipe
+from training.arguments import Load, compile_phase
+from training.files import digest_folder, write_json
+from training.handoff import Drawn, FileRecord, Handoff, latest_step
+
+# A loss may move this much across a boundary that changes nothing but the layout: 40 times what was measured in fp32 (2e-6 at most
+# over all layouts), and what bf16's eight bits of mantissa leave of a mean over thousands of tokens.
+GATE_NATS = {"fp32": 1e-4, "bf16": 2e-2}
+
+FINISHED = 0
+
+
+class LossGate(RuntimeError):
+    """The model that was loaded is not the model that was handed off."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """What Granite needs and Megatron has no flag for."""
+    group = parser.add_argument_group("granite")
+    group.add_argument("--softmax-scale", type=float, required=True, help="attention_multiplier; copied into TransformerConfig")
+    group.add_argument("--residual-multiplier", type=float, required=True)
+    return parser
+
+
+def run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, training_digest: str) -> int:
+    """Train `stage` from `load` to its end and hand off; the process environment holds RANK, WORLD_SIZE and the rendezvous.
+
+    Returns 0, with or without a hand-off: without one the phase was interrupted after a save (signal or time limit).
+    """
+    import_megatron(recipe)
+    import megatron.training.training as upstream
+    import model.builder
+    import torch
+    from data_prep.manifest import HeldoutManifest, MixtureManifest
+    from megatron.core.enums import ModelType
+    from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    from training import data, heldout
+    from training.forward import forward_step
+    from training.hooks import PhaseHooks
+
+    phase = recipe.phase[stage]
+    stage_dir = run_dir / "stages" / stage
+    data_root = Path(recipe.data.root)
+    mixture = MixtureManifest.read(data_root / "views" / stage / "manifest.json")
+    heldout_manifest = HeldoutManifest.read(data_root / "heldout" / "manifest.json")
+    first_start = load is None or not load.resume
+    previous_stage = recipe.previous(stage)
+    previous = Handoff.read(run_dir / "stages" / previous_stage) if previous_stage else None
+
+    arguments = compile_phase(recipe, stage, run_dir, load)
+    sys.argv = ["pretrain", *arguments]
+    args = parse_and_validate_args(add_arguments)
+    if args.rank == 0:
+        (stage_dir / "args.txt").write_text("\n".join(arguments) + "\n")
+
+    def evaluate(hooks: PhaseHooks) -> dict[str, float]:
+        config = upstream.get_model_config(hooks.model[0])
+        return heldout.evaluate(hooks.model, config, heldout_manifest, data_root, recipe.data.heldout_batch_samples)
+
+    def before_training(hooks: PhaseHooks) -> None:
+        """On a first start: the gate against the hand-off, and the loss that this stage begins with."""
+        if not first_start:
+            return
+        if previous is not None and previous.heldout is not None and previous.heldout_digest == heldout_manifest.digest:
+            if previous.rope_base != phase.rope_base:
+                with heldout.rope_base(hooks.model, recipe.model, previous.rope_base):
+                    check_gate(previous, evaluate(hooks), phase.precision.dtype)
+                losses = evaluate(hooks)
+            else:
+                losses = evaluate(hooks)
+                check_gate(previous, losses, phase.precision.dtype)
+        else:
+            losses = evaluate(hooks)
+        if upstream.is_last_rank():
+            hooks.metrics.append_heldout(when="start", step=0, total_tokens=recipe.tokens_before(stage), losses=losses)
+
+    hooks = PhaseHooks(
+        stage_dir=stage_dir,
+        learning_rate=learning_rate_function(recipe, stage),
+        first_start=first_start,
+        tokens_before=recipe.tokens_before(stage),
+        keep_checkpoints=phase.keep_checkpoints,
+        before_training=before_training,
+    )
+    hooks.install()
+
+    def provide_model(
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+        config: Any = None,
+        pg_collection: Any = None,
+    ) -> Any:
+        return model.builder.build(
+            config or core_transformer_config_from_args(args),
+            recipe.model,
+            rope_base=phase.rope_base,
+            max_sequence_length=phase.seq_length_tokens,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+            pg_collection=pg_collection,
+        )
+
+    dataset: list[Any] = []
+
+    def provide_data(train_valid_test_samples: Any, vp_stage: int | None = None) -> tuple[Any, None, None]:
+        if hooks.loaded_step >= args.train_iters:
+            return None, None, None  # killed between the last save and the hand-off: nothing to train, Megatron skips the loop
+        train = data.build_dataset(mixture, data_root, phase.samples, vp_stage)
+        if train is not None:
+            dataset[:] = [train]
+        return train, None, None
+
+    provide_data.is_distributed = True  # type: ignore[attr-defined]
+
+    try:
+        upstream.pretrain(
+            pretrain_cfg_container_from_args(args),
+            provide_data,
+            ModelType.encoder_or_decoder,
+            forward_step,
+            model_provider=provide_model,
+        )
+    except SystemExit as leave:
+        if leave.code not in (None, 0):
+            raise
+        return FINISHED  # saved after a signal or at the time limit
+
+    losses = evaluate(hooks)
+    if not dataset and data.reads_data():
+        dataset[:] = [data.build_dataset(mixture, data_root, phase.samples)]
+    # The loss of the last step lives on the last rank; after a resume with no step left it is in the log.
+    final_loss = torch.tensor([hooks.final_loss if hooks.final_loss is not None else math.nan], dtype=torch.float64)
+    torch.distributed.broadcast(final_loss, src=torch.distributed.get_world_size() - 1)
+    if upstream.is_last_rank():
+        hooks.metrics.append_heldout(
+            when="end", step=args.train_iters, total_tokens=recipe.tokens_before(stage) + phase.tokens, losses=losses
+        )
+    if args.rank == 0:
+        loss = final_loss.item()
+        write_handoff(
+            recipe,
+            stage,
+            stage_dir,
+            previous,
+            training_digest=training_digest,
+            mixture=mixture,
+            heldout_digest=heldout_manifest.digest,
+            drawn=data.count_drawn(dataset[0], mixture, phase.samples),
+            final_loss=last_logged_loss(stage_dir) if math.isnan(loss) else loss,
+            losses=losses,
+        )
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return FINISHED
+
+
+def import_megatron(recipe: Recipe) -> None:
+    """Import Megatron once, behind the CPU backend where the recipe's cluster has no GPU. Idempotent."""
+    if recipe.cluster.gpu == "cpu":
+        from training import cpu_backend, cpu_optimizer
+
+        cpu_backend.install()
+        import megatron.training.training
+
+        cpu_optimizer.install()
+    else:
+        import megatron.core.datasets.utils
+        import megatron.training.training
+
+        # The wheel ships the compiled helper but no Makefile: rank 0 would try to build it and exit.
+        megatron.core.datasets.utils.compile_helpers = lambda: None
+
+
+def check_gate(previous: Handoff, losses: dict[str, float], dtype: str) -> None:
+    """Raise LossGate if a held-out loss moved across the boundary by more than the precision explains."""
+    assert previous.heldout is not None
+    moved = {c: losses[c] - before for c, before in previous.heldout.items() if not abs(losses[c] - before) <= GATE_NATS[dtype]}
+    if moved:
+        worst = ", ".join(
+            f"{c} {previous.heldout[c]:.4f} -> {losses[c]:.4f}" for c in sorted(moved, key=lambda c: -abs(moved[c]))
+        )
+        raise LossGate(
+            f"the held-out loss is not the one that '{previous.stage}' handed off (tolerance {GATE_NATS[dtype]:g} nats in {dtype}): {worst}; "
+            "the weights, a multiplier, the RoPE base or the held-out data are not what they were"
+        )
+
+
+def last_logged_loss(stage_dir: Path) -> float:
+    from training.files import read_json_lines
+
+    return float(read_json_lines(stage_dir / "metrics.jsonl")[-1]["loss"])
+
+
+def write_handoff(
+    recipe: Recipe,
+    stage: str,
+    stage_dir: Path,
+    previous: Handoff | None,
+    *,
+    training_digest: str,
+    mixture: Any,
+    heldout_digest: str,
+    drawn: dict[str, dict[str, int]],
+    final_loss: float,
+    losses: dict[str, float],
+) -> None:
+    phase = recipe.phase[stage]
+    step = latest_step(stage_dir / "checkpoints")
+    if step != phase.steps:
+        raise RuntimeError(
+            f"{stage_dir}: the last checkpoint is of step {step}, the phase has {phase.steps}; no hand-off is written"
+        )
+    checkpoint = f"checkpoints/iter_{step:07d}"
+    ledger = dict(previous.ledger) if previous else {}
+    ledger[stage] = {source: Drawn(**d) for source, d in drawn.items()}
+    Handoff(
+        stage=stage,
+        kind="phase",
+        step=step,
+        stage_tokens=phase.tokens,
+        total_tokens=recipe.tokens_before(stage) + phase.tokens,
+        checkpoint=checkpoint,
+        checkpoint_files={k: FileRecord.model_validate(v) for k, v in digest_folder(stage_dir / checkpoint).items()},
+        recipe_digest=recipe.digest(),
+        training_digest=training_digest,
+        data_digest=mixture.digest,
+        ledger=ledger,
+        layout=phase.parallel.model_dump(mode="json"),
+        rope_base=phase.rope_base,
+        seq_length_tokens=phase.seq_length_tokens,
+        model=recipe.model,
+        tokenizer=mixture.tokenizer.model_dump(mode="json"),
+        final_loss=final_loss,
+        heldout=losses,
+        heldout_digest=heldout_digest,
+        versions=versions(),
+    ).write(stage_dir)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    out = {name: importlib.metadata.version(name) for name in ("quarry", "torch", "megatron-core", "numpy")}
+    for name in ("transformer-engine", "apex"):
+        try:
+            out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            out[name] = "absent"
+    out["python"] = sys.version.split()[0]
+    return out
+
+
+def write_model_json(recipe: Recipe, stage: str, stage_dir: Path, tokenizer: dict[str, Any]) -> None:
+    """What is needed to read the stage's checkpoints without the recipe (see model/convert.py)."""
+    phase = recipe.phase[stage]
+    path = Path(recipe.data.root) / tokenizer["path"]
+    write_json(
+        stage_dir / "model.json",
+        {
+            "format": "quarry.model/1",
+            "model": recipe.model.model_dump(mode="json"),
+            "rope_base": phase.rope_base,
+            "max_position_tokens": phase.seq_length_tokens,
+            "tokenizer": {**tokenizer, "path": str(path.resolve())},
+        },
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """A rank under torchrun."""
+    parser = argparse.ArgumentParser(prog="python -m training.pretrain", description=__doc__)
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--stage", required=True)
+    parser.add_argument("--training-digest", required=True)
+    parser.add_argument("--load", help="JSON: checkpoints, step, resume")
+    options = parser.parse_args(argv)
+    load = None
+    if options.load:
+        values = json.loads(options.load)
+        load = Load(checkpoints=Path(values["checkpoints"]), step=values["step"], resume=values["resume"])
+    recipe = Recipe.read(options.run_dir / "recipe.json")
+    return run_rank(recipe, options.stage, options.run_dir, load, options.training_digest)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # the interpreter's teardown of NCCL and of loader threads can hang long after the work is done

@@ -1,0 +1,213 @@
+"""The command of one stage of a run: decides first start, resume or refuse on this node, makes the ranks, and says how it ended.
+
+    python -m training.stage --run-dir runs/smoke --stage foundation
+
+Exit codes: 0 finished (also when it had finished before); 75 saved and to be resumed; 78 refused, a configuration or hand-off is wrong;
+16 and 17 Megatron's rerun check found a suspicious result; any other: a crash.
+
+On CPU the ranks are forked from this process after one import of torch and Megatron, because on a laptop the imports of every rank are
+most of a short stage's time. On GPUs torchrun makes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from recipes.schema import Recipe, RecipeError
+
+FINISHED = 0
+REQUEUE = 75
+REFUSED = 78
+
+# After the first rank died the others wait in a collective for it; gloo notices in milliseconds, so this is generous.
+GRACE_SECONDS = 10.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.stage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run-dir", type=Path, required=True, help="folder of the run; holds recipe.json")
+    parser.add_argument("--stage", required=True)
+    options = parser.parse_args(argv)
+    try:
+        recipe = Recipe.read(options.run_dir / "recipe.json")
+        kind = recipe.stage_kind(options.stage)
+    except RecipeError as error:
+        return refuse(error)
+    os.environ.setdefault("OMP_NUM_THREADS", str(recipe.cluster.threads_per_rank))
+    run_dir = options.run_dir.resolve()
+    if kind == "phase":
+        return run_phase(recipe, options.stage, run_dir)
+    from training import finish
+
+    try:
+        if kind == "merge":
+            return finish.run_merge(recipe, options.stage, run_dir)
+        return finish.run_export(recipe, options.stage, run_dir)
+    except finish.REFUSALS as error:
+        return refuse(error)
+
+
+def refuse(error: Exception) -> int:
+    print(f"refused: {error}", file=sys.stderr, flush=True)
+    return REFUSED
+
+
+def run_phase(recipe: Recipe, stage: str, run_dir: Path) -> int:
+    from data_prep.manifest import DataError, HeldoutManifest, MixtureManifest
+
+    from training.handoff import Refused, resolve, write_start
+    from training.pretrain import write_model_json
+
+    stage_dir = run_dir / "stages" / stage
+    stage_dir.mkdir(parents=True, exist_ok=True)
+    data_root = Path(recipe.data.root)
+    began = time.monotonic()
+    try:
+        mixture = MixtureManifest.read(data_root / "views" / stage / "manifest.json")
+        heldout = HeldoutManifest.read(data_root / "heldout" / "manifest.json")
+        decision = resolve(recipe, stage, run_dir, mixture, heldout)
+    except (DataError, Refused, RecipeError) as error:
+        return refuse(error)
+    print(f"stage '{stage}': {decision.kind} ({decision.reason}), verified in {time.monotonic() - began:.1f} s", flush=True)
+    if decision.kind == "finished":
+        return FINISHED
+    if decision.kind == "first_start":
+        write_start(stage_dir, decision)
+    write_model_json(recipe, stage, stage_dir, mixture.tokenizer.model_dump(mode="json"))
+
+    if recipe.cluster.gpu == "cpu":
+        from training.pretrain import import_megatron, run_rank
+
+        import_megatron(recipe)
+        ranks = recipe.phase[stage].parallel.gpus
+        code = run_forked(ranks, lambda: run_rank(recipe, stage, run_dir, decision.load, decision.training_digest))
+    else:
+        load = decision.load and {
+            "checkpoints": str(decision.load.checkpoints),
+            "step": decision.load.step,
+            "resume": decision.load.resume,
+        }
+        code = run_torchrun(recipe, stage, run_dir, json.dumps(load) if load else None, decision.training_digest)
+    if code != 0:
+        return code
+    return FINISHED if (stage_dir / "handoff.json").exists() else REQUEUE
+
+
+def run_forked(ranks: int, rank_main: Callable[[], int]) -> int:
+    """Run `rank_main` in `ranks` forked processes with torchrun's environment; 0 if all return 0, else the first failure's exit code.
+
+    When one rank dies the others are ended, first with SIGTERM, after GRACE_SECONDS with SIGKILL. SIGTERM and SIGINT to this process
+    go to every rank, which saves at the end of its step and leaves.
+    """
+    port = free_port()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    running: dict[int, int] = {}
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            _rank_process(rank, ranks, port, rank_main)
+        running[pid] = rank
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for pid in running:
+            os.kill(pid, signal.SIGTERM)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, forward)
+    first_failure = 0
+    deadline: float | None = None
+    while running:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid == 0:
+            if deadline is not None and time.monotonic() > deadline:
+                for left in running:
+                    os.kill(left, signal.SIGKILL)
+                deadline = None
+            time.sleep(0.02)
+            continue
+        rank = running.pop(pid)
+        code = os.waitstatus_to_exitcode(status)
+        if code != 0 and first_failure == 0:
+            # 128 + n for a signal, as shells say it
+            first_failure = code if code > 0 else 128 - code
+            reason = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
+            print(f"rank {rank} ended with {reason}; ending the other {len(running)}", file=sys.stderr, flush=True)
+            deadline = time.monotonic() + GRACE_SECONDS
+            for left in running:
+                os.kill(left, signal.SIGTERM)
+    return first_failure
+
+
+def _rank_process(rank: int, ranks: int, port: int, rank_main: Callable[[], int]) -> None:
+    """Body of a forked rank; never returns."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    code = 1
+    try:
+        code = rank_main()
+    except SystemExit as leave:
+        code = leave.code if isinstance(leave.code, int) else (0 if leave.code is None else 1)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # No interpreter teardown in a forked rank: destructors of the parent's objects are not its own.
+        os._exit(code)
+
+
+def run_torchrun(recipe: Recipe, stage: str, run_dir: Path, load: str | None, digest: str) -> int:
+    """Start this node's ranks with torchrun; NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT come from the launcher's environment."""
+    nodes = int(os.environ.get("NNODES", "1"))
+    world = recipe.phase[stage].parallel.gpus
+    if world % nodes:
+        return refuse(RecipeError(f"phase.{stage}.parallel.gpus is {world}, which {nodes} nodes (NNODES) do not divide"))
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *("--nproc-per-node", str(world // nodes), "--nnodes", str(nodes), "--node-rank", os.environ.get("NODE_RANK", "0")),
+        *(
+            "--master-addr",
+            os.environ.get("MASTER_ADDR", "127.0.0.1"),
+            "--master-port",
+            os.environ.get("MASTER_PORT", str(free_port())),
+        ),
+        *("-m", "training.pretrain", "--run-dir", str(run_dir), "--stage", stage, "--training-digest", digest),
+        *(("--load", load) if load else ()),
+    ]
+    # CUDA_DEVICE_MAX_CONNECTIONS=1 orders communication before computation, which overlap with TP and CP needs on Hopper.
+    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ}
+    process = subprocess.Popen(command, env=environment)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda n, f: process.send_signal(signal.SIGTERM))
+    return process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
