@@ -223,13 +223,21 @@ def _gpu(phase: Phase, stage_dir: Path) -> list[str]:
             tensorboard_dir=stage_dir / "tensorboard",
             # Ranks collect garbage at the same steps, so that none waits for another's collection.
             manual_gc_interval=100,
-            cross_entropy_fusion_impl="te",
+            cross_entropy_fusion_impl="native",
         ),
         *_flags("manual-gc", "cross-entropy-loss-fusion", "log-throughput"),
     ]
     if phase.parallel.context > 1:
         args += _values(cp_comm_type="p2p")
     return args
+
+
+def add_granite_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """What Granite needs and Megatron has no flag for."""
+    group = parser.add_argument_group("granite")
+    group.add_argument("--softmax-scale", type=float, required=True, help="attention_multiplier; copied into TransformerConfig")
+    group.add_argument("--residual-multiplier", type=float, required=True)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:

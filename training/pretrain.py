@@ -14,7 +14,7 @@ from typing import Any
 from recipes.schedules import learning_rate_function
 
 from recipes.schema import Recipe
-from training.arguments import Load, compile_phase
+from training.arguments import Load, add_granite_arguments, compile_phase
 from training.files import digest_folder, write_json
 from training.handoff import Drawn, FileRecord, Handoff, latest_step
 
@@ -27,14 +27,6 @@ FINISHED = 0
 
 class LossGate(RuntimeError):
     """The model that was loaded is not the model that was handed off."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """What Granite needs and Megatron has no flag for."""
-    group = parser.add_argument_group("granite")
-    group.add_argument("--softmax-scale", type=float, required=True, help="attention_multiplier; copied into TransformerConfig")
-    group.add_argument("--residual-multiplier", type=float, required=True)
-    return parser
 
 
 def run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, training_digest: str) -> int:
@@ -66,7 +58,7 @@ def run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, train
 
     arguments = compile_phase(recipe, stage, run_dir, load)
     sys.argv = ["pretrain", *arguments]
-    args = parse_and_validate_args(add_arguments)
+    args = parse_and_validate_args(add_granite_arguments)
     if args.rank == 0:
         (stage_dir / "args.txt").write_text("\n".join(arguments) + "\n")
 

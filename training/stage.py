@@ -160,6 +160,7 @@ def _rank_process(rank: int, ranks: int, port: int, rank_main: Callable[[], int]
         LOCAL_WORLD_SIZE=str(ranks),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        CUDA_DEVICE_MAX_CONNECTIONS="1",  # Megatron asks for it with TP or CP; without meaning on CPU
     )
     code = 1
     try:

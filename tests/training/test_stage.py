@@ -1,0 +1,89 @@
+"""The ranks of a stage: how they end decides the exit code, and none survives another's death."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+
+def run(body, *, ranks=2, send=None):
+    """Run `run_forked` in a process of its own with `body` as each rank's main; returns (exit code, output)."""
+    program = textwrap.dedent(
+        """
+        import os, signal, sys, time
+        import training.stage
+        from training.stage import run_forked
+        training.stage.GRACE_SECONDS = 1.0
+        def main():
+            rank = int(os.environ["RANK"])
+        {body}
+        sys.exit(run_forked({ranks}, main))
+        """
+    ).format(body=textwrap.indent(textwrap.dedent(body), "    "), ranks=ranks)
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if send is not None:
+        assert process.stdout.readline().strip() == "ready"
+        process.send_signal(send)
+    output, _ = process.communicate(timeout=60)
+    return process.returncode, output
+
+
+def test_ranks_have_torchruns_environment():
+    code, output = run('print(rank, os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"], flush=True)\nreturn 0', ranks=3)
+    assert code == 0
+    assert sorted(output.split("\n"))[1:] == ["0 3 0", "1 3 1", "2 3 2"]
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [("return 16 if rank == 1 else 0", 16), ("sys.exit(75)", 75), ("raise ValueError('x')", 1), ("sys.exit('text')", 1)],
+)
+def test_exit_code_is_the_first_failures(body, expected):
+    code, _ = run(body)
+    assert code == expected
+
+
+def test_when_a_rank_is_killed_the_others_end_too():
+    began = time.monotonic()
+    code, output = run("os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(60)")
+    assert code == 128 + signal.SIGKILL
+    assert "rank 1 ended with signal SIGKILL" in output
+    assert time.monotonic() - began < 30
+
+
+def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace():
+    body = "signal.signal(signal.SIGTERM, signal.SIG_IGN) if rank == 0 else sys.exit(3)\ntime.sleep(60)"
+    began = time.monotonic()
+    code, _ = run(body)
+    assert code == 3
+    assert time.monotonic() - began < 30
+
+
+def test_sigterm_reaches_every_rank_and_a_clean_end_is_a_clean_exit():
+    body = """
+        stop = []
+        signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+        if rank == 0:
+            time.sleep(0.5)
+            print("ready", flush=True)
+        while not stop:
+            time.sleep(0.01)
+        return 0
+        """
+    code, _ = run(body, send=signal.SIGTERM)
+    assert code == 0
+
+
+def test_an_unknown_run_is_refused(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "training.stage", "--run-dir", str(tmp_path), "--stage", "foundation"],
+        capture_output=True,
+        text=True,
+        env={**os.environ},
+    )
+    assert done.returncode == 78
+    assert "no resolved recipe" in done.stderr
