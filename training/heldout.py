@@ -16,7 +16,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 from megatron.training import get_args
-from megatron.training.utils import unwrap_model
+from megatron.core.utils import unwrap_model
 
 from recipes.schema import Model
 from training.forward import forward_step

@@ -43,7 +43,7 @@ def run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, train
     from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    from training import data, heldout
+    from training import data, heldout, token_ids
     from training.forward import forward_step
     from training.hooks import PhaseHooks
 
@@ -56,6 +56,7 @@ def run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, train
     previous_stage = recipe.previous(stage)
     previous = Handoff.read(run_dir / "stages" / previous_stage) if previous_stage else None
 
+    token_ids.install(mixture.tokenizer.eod_id)
     arguments = compile_phase(recipe, stage, run_dir, load)
     sys.argv = ["pretrain", *arguments]
     args = parse_and_validate_args(add_granite_arguments)
