@@ -1,0 +1,215 @@
+"""From overrides to a typed recipe: Hydra composes the YAML tree once, here; no job ever sees Hydra.
+
+A curriculum is found in this package's own tree or in a team's private folders (`config_dirs`), which come first on Hydra's search
+path: a file there adds to a group, or shadows the file of the same group and name here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from recipes.schema import Recipe, RecipeError, describe
+
+TREE = Path(__file__).resolve().parent
+"""The published tree."""
+PRIMARY = "recipe"
+
+
+def compose(overrides: Sequence[str] = (), config_dirs: Iterable[Path | str] = ()) -> Recipe:
+    """Compose, resolve and validate a recipe.
+
+    `overrides` are in Hydra's grammar (`model=granite_4_1_3b`, `phase.foundation.tokens=1e11`, `+extra.owner=me`, `~phase.x`).
+    `tokens` is resolved to whole steps: steps = ceil(tokens / (batch * length)), tokens = steps * batch * length, and what was asked
+    for stays in `tokens_requested`. A phase, merge or export that is null does not exist.
+
+    Raises RecipeError, which says what is wrong and what would be right. The result is not linted: see `recipes.lint.check`.
+    """
+    raw = _container(overrides, [Path(d) for d in config_dirs])
+    for section in ("phase", "merge", "export"):
+        raw[section] = {name: stage for name, stage in (raw.get(section) or {}).items() if stage is not None}
+    _check_stages(raw)
+    problems: list[str] = []
+    for name, phase in raw["phase"].items():
+        problems += _resolve_tokens(f"phase.{name}", phase)
+    if problems:
+        raise RecipeError("; ".join(problems))
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(describe(error)) from None
+
+
+def composed_yaml(overrides: Sequence[str] = (), config_dirs: Iterable[Path | str] = ()) -> str:
+    """The composed recipe as YAML, as Hydra sees it: before tokens become steps. For `quarry plan --cfg`."""
+    from omegaconf import OmegaConf
+
+    with _composed(overrides, [Path(d) for d in config_dirs]) as config:
+        return OmegaConf.to_yaml(config)
+
+
+def known_options(group: str, config_dirs: Iterable[Path | str] = ()) -> list[str]:
+    """Names that `group=NAME` may take, from the published tree and from the private folders, sorted."""
+    names = set()
+    for root in [*map(Path, config_dirs), TREE]:
+        for file in (root / group).rglob("*.yaml"):
+            if not file.name.startswith("_"):
+                names.add(file.relative_to(root / group).with_suffix("").as_posix())
+    return sorted(names)
+
+
+def _container(overrides: Sequence[str], config_dirs: list[Path]) -> dict[str, Any]:
+    from omegaconf import MissingMandatoryValue, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    with _composed(overrides, config_dirs) as config:
+        try:
+            raw = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        except MissingMandatoryValue as error:
+            key = error.full_key
+            raise RecipeError(f"{key}: has no value (??? in the tree); give one in the curriculum, or {key}=VALUE") from None
+        except OmegaConfBaseException as error:
+            raise RecipeError(f"{error.full_key or 'recipe'}: {error.msg or error}") from None
+    # A curriculum's choice of precision is the default of its phases; each phase has its own copy, so this one has no further use.
+    raw.pop("precision", None)
+    return raw
+
+
+@contextmanager
+def _composed(overrides: Sequence[str], config_dirs: list[Path]):
+    """Yield the DictConfig of the composed recipe, with Hydra's global state as it was before."""
+    import hydra
+    import yaml
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    roots = []
+    for folder in config_dirs:
+        if not folder.is_dir():
+            raise RecipeError(f"--config-dir {folder}: no such folder; it holds groups as the recipes tree does, e.g. mixture/mine.yaml")
+        roots.append(folder.resolve())
+    roots.append(TREE)
+    search_path = ", ".join("'file://" + str(root).replace("\\", "\\\\").replace("'", "\\'") + "'" for root in roots[1:])
+    all_overrides = [*overrides, *([f"hydra.searchpath=[{search_path}]"] if search_path else [])]
+    try:
+        with hydra.initialize_config_dir(str(roots[0]), version_base="1.3", job_name="quarry"):
+            config = hydra.compose(PRIMARY, all_overrides, return_hydra_config=True)
+            choice = OmegaConf.select(config, "hydra.runtime.choices.precision")
+            OmegaConf.set_struct(config, False)
+            del config["hydra"]
+            if choice is not None:
+                untouched = hydra.compose(f"precision/{choice}", all_overrides[len(overrides) :])
+                if config.get("precision") != untouched.get("precision"):
+                    raise RecipeError(
+                        "precision: its values were changed for the whole curriculum, but each phase has its own copy of them; "
+                        "set phase.NAME.precision.KEY, or write a file precision/NAME.yaml in a folder of yours (--config-dir)"
+                    )
+            yield config
+    except HydraException as error:
+        raise RecipeError(_explain_hydra(error, overrides, config_dirs)) from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"not valid YAML: {error}") from None
+    except OmegaConfBaseException as error:
+        raise RecipeError(f"{error.full_key or 'recipe'}: {error.msg or error}") from None
+
+
+def _nearest(wrong: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _explain_hydra(error: Exception, overrides: Sequence[str], config_dirs: list[Path]) -> str:
+    """Hydra's message, shortened to what the user wrote, with known and nearest choices."""
+    text = str(error).strip()
+    if missing := re.search(r"(?:In '([^']+)': )?Could not find '([^']+)'", text):
+        group, _, name = missing[2].partition("/")
+        known = known_options(group, config_dirs)
+        where = f" (named in {missing[1]})" if missing[1] else ""
+        if not known:
+            return f"{group}: no such group{where}; groups are the folders of the recipes tree and of each --config-dir"
+        return f"{group}: no '{name}'{where}; known: {', '.join(known)}{_nearest(name, known)}"
+    if unknown := re.match(r"(?:In '([^']+)': )?Could not (override|delete) '([^']+)'", text):
+        key = unknown[3].partition("=")[0]
+        where = f" (in {unknown[1]})" if unknown[1] else ""
+        siblings = _known_keys(key, overrides, config_dirs)
+        known = f"; known there: {', '.join(siblings)}{_nearest(key.rpartition('.')[2], siblings)}" if siblings else ""
+        return f"{key}: no such key to {unknown[2]}{where}{known}; a value of your own goes under +extra.NAME"
+    if "Error resolving interpolation" in text:
+        return (
+            f"{text.splitlines()[-1]}; in a curriculum's defaults, list phases before /model and /precision, and a new phase before "
+            "the curriculum that it extends; a phase added on the command line needs parallel@phase.NAME.parallel=LAYOUT and "
+            "precision@phase.NAME.precision=NAME"
+        )
+    if cause := error.__cause__:
+        text = f"{text}: {str(cause).splitlines()[0]}"
+    return re.sub(r"\s*See https://\S+ for .*", "", text).replace("\n", "; ")
+
+
+def _known_keys(key: str, overrides: Sequence[str], config_dirs: list[Path]) -> list[str]:
+    """Keys beside the unknown `key`, from the recipe without that override; none if it does not compose either."""
+    from omegaconf import DictConfig, OmegaConf
+
+    rest = [o for o in overrides if o.lstrip("+~").partition("=")[0] != key]
+    if len(rest) == len(overrides):
+        return []
+    try:
+        with _composed(rest, config_dirs) as config:
+            parent_key = key.rpartition(".")[0]
+            parent = OmegaConf.select(config, parent_key) if parent_key else config
+            return sorted(map(str, parent)) if isinstance(parent, DictConfig) else []
+    except RecipeError:
+        return []  # a second fault: it is reported once this one is mended
+
+
+def _check_stages(raw: dict[str, Any]) -> None:
+    stages = raw.get("stages")
+    if not isinstance(stages, list):
+        raise RecipeError(f"stages: must be a list of stage names (got {stages!r}); a curriculum sets it, e.g. curriculum=five_phase")
+    known = [*raw["phase"], *raw["merge"], *raw["export"]]
+    unknown = [s for s in stages if s not in known]
+    if unknown:
+        kept = ",".join(str(s) for s in stages if s in known)
+        raise RecipeError(
+            f"stages: names {', '.join(map(str, unknown))}, which no phase, merge or export defines; defined: {', '.join(known)}; "
+            f"without it: stages=[{kept}]"
+        )
+
+
+def _resolve_tokens(key: str, phase: Any) -> list[str]:
+    """Make `tokens` and `steps` of one phase agree, in place; returns what is wrong."""
+    if not isinstance(phase, dict):
+        return [f"{key}: must be a mapping (got {phase!r}); remove it with {key}=null"]
+    problems, numbers = [], {}
+    for name in ("tokens", "steps", "global_batch_samples", "seq_length_tokens"):
+        value = phase.get(name)
+        if value is None and name in ("tokens", "steps"):
+            numbers[name] = None
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            problems.append(f"{key}.{name}: must be a number (got {value!r})")
+        elif value != int(value):
+            problems.append(f"{key}.{name}: must be a whole number (got {value!r}); nearest: {round(value)}")
+        elif value < 1:
+            problems.append(f"{key}.{name}: must be positive (got {value!r})")
+        else:
+            numbers[name] = int(value)
+    if problems:
+        return problems
+    tokens_per_step = numbers["global_batch_samples"] * numbers["seq_length_tokens"]
+    if numbers["tokens"] is None and numbers["steps"] is None:
+        return [f"{key}.tokens: neither tokens nor steps is given; set one, e.g. {key}.tokens={100 * tokens_per_step}"]
+    if numbers["steps"] is None:
+        phase["tokens_requested"] = numbers["tokens"]
+        numbers["steps"] = -(-numbers["tokens"] // tokens_per_step)
+        numbers["tokens"] = numbers["steps"] * tokens_per_step
+    elif numbers["tokens"] is None:
+        numbers["tokens"] = numbers["steps"] * tokens_per_step
+    phase.update(numbers)
+    return []
