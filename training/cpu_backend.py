@@ -34,9 +34,28 @@ MEMORY_BYTES = 8 << 30
 """What the pretended device reports as its memory; Megatron prints it and decides nothing by it."""
 
 _FACTORIES = [
-    "tensor", "as_tensor", "empty", "zeros", "ones", "full", "rand", "randn", "randint", "randperm", "arange",
-    "linspace", "eye", "empty_strided", "scalar_tensor", "empty_like", "zeros_like", "ones_like", "full_like",
-    "rand_like", "randn_like"]
+    "tensor",
+    "as_tensor",
+    "empty",
+    "zeros",
+    "ones",
+    "full",
+    "rand",
+    "randn",
+    "randint",
+    "randperm",
+    "arange",
+    "linspace",
+    "eye",
+    "empty_strided",
+    "scalar_tensor",
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+]
 _TENSOR_FACTORIES = ["new_tensor", "new_empty", "new_zeros", "new_ones", "new_full"]
 
 
@@ -48,8 +67,10 @@ def install() -> None:
     if installed():
         return
     if torch.cuda.is_available():
-        raise RuntimeError("training.cpu_backend: this machine has a CUDA device; set cluster.gpu to what it is, or hide it "
-                           "with CUDA_VISIBLE_DEVICES=''")
+        raise RuntimeError(
+            "training.cpu_backend: this machine has a CUDA device; set cluster.gpu to what it is, or hide it "
+            "with CUDA_VISIBLE_DEVICES=''"
+        )
     if "megatron.core" in sys.modules:
         raise RuntimeError("training.cpu_backend: megatron is imported already; call install() before the first import of it")
     _patch_compile()
@@ -167,27 +188,58 @@ class _Event:
 
 def _patch_cuda() -> None:
     stream = _Stream()
-    properties = types.SimpleNamespace(name="cpu presented as cuda", major=0, minor=0, total_memory=MEMORY_BYTES,
-                                       multi_processor_count=1, warp_size=32)
-    replacements: dict[str, Any] = {name: _const(None) for name in (
-        "set_device", "synchronize", "empty_cache", "ipc_collect", "init", "_lazy_init", "set_stream",
-        "reset_peak_memory_stats", "reset_max_memory_allocated", "manual_seed_all")}
+    properties = types.SimpleNamespace(
+        name="cpu presented as cuda", major=0, minor=0, total_memory=MEMORY_BYTES, multi_processor_count=1, warp_size=32
+    )
+    replacements: dict[str, Any] = {
+        name: _const(None)
+        for name in (
+            "set_device",
+            "synchronize",
+            "empty_cache",
+            "ipc_collect",
+            "init",
+            "_lazy_init",
+            "set_stream",
+            "reset_peak_memory_stats",
+            "reset_max_memory_allocated",
+            "manual_seed_all",
+        )
+    }
     # The current device is the index 0 and no torch.device: callers write torch.device("cuda", current_device()).
-    replacements |= {name: _const(0) for name in (
-        "current_device", "memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved",
-        "device_memory_used", "utilization")}
     replacements |= {
-        "is_available": _const(True), "is_initialized": _const(True), "_is_in_bad_fork": _const(False),
+        name: _const(0)
+        for name in (
+            "current_device",
+            "memory_allocated",
+            "max_memory_allocated",
+            "memory_reserved",
+            "max_memory_reserved",
+            "device_memory_used",
+            "utilization",
+        )
+    }
+    replacements |= {
+        "is_available": _const(True),
+        "is_initialized": _const(True),
+        "_is_in_bad_fork": _const(False),
         # At least 1: with 0, Megatron skips the process groups and the seeds. Asked at each call, since ranks are forked.
         "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        "is_current_stream_capturing": _const(False), "_lazy_call": lambda function, **_: function(),
-        "Stream": _Stream, "Event": _Event,
-        "current_stream": lambda *_, **__: stream, "default_stream": lambda *_, **__: stream,
-        "stream": lambda *_, **__: contextlib.nullcontext(), "device": lambda *_: contextlib.nullcontext(),
-        "get_device_properties": lambda *_: properties, "get_device_name": lambda *_: properties.name,
+        "is_current_stream_capturing": _const(False),
+        "_lazy_call": lambda function, **_: function(),
+        "Stream": _Stream,
+        "Event": _Event,
+        "current_stream": lambda *_, **__: stream,
+        "default_stream": lambda *_, **__: stream,
+        "stream": lambda *_, **__: contextlib.nullcontext(),
+        "device": lambda *_: contextlib.nullcontext(),
+        "get_device_properties": lambda *_: properties,
+        "get_device_name": lambda *_: properties.name,
         "get_device_capability": _const((0, 0)),
-        "memory_stats": lambda *_: collections.defaultdict(int), "mem_get_info": _const((MEMORY_BYTES, MEMORY_BYTES)),
-        "manual_seed": torch.default_generator.manual_seed, "default_generators": (torch.default_generator,),
+        "memory_stats": lambda *_: collections.defaultdict(int),
+        "mem_get_info": _const((MEMORY_BYTES, MEMORY_BYTES)),
+        "manual_seed": torch.default_generator.manual_seed,
+        "default_generators": (torch.default_generator,),
         "get_rng_state": lambda *_, **__: torch.get_rng_state(),
         "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
     }
@@ -199,8 +251,9 @@ def _patch_cuda() -> None:
     torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop = _const(None), _const(None)
     torch.accelerator.is_available = _const(False)  # else a DataLoader starts a thread that pins memory
     generator = torch.Generator
-    torch.Generator = type("Generator", (generator,), {
-        "__new__": lambda cls, device="cpu": generator.__new__(cls, to_cpu(device))})
+    torch.Generator = type(
+        "Generator", (generator,), {"__new__": lambda cls, device="cpu": generator.__new__(cls, to_cpu(device))}
+    )
 
 
 def _patch_tensors() -> None:

@@ -21,16 +21,26 @@ class FusedAdam(torch.optim.Optimizer):
     tensor: with it the result of an update would depend on how the parameters are sharded.
     """
 
-    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-                 weight_decay: float = 0.0, adam_w_mode: bool = True, bias_correction: bool = True,
-                 capturable: bool = False, **unsupported: Any) -> None:
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+        bias_correction: bool = True,
+        capturable: bool = False,
+        **unsupported: Any,
+    ) -> None:
         if not bias_correction:
             raise ValueError("training.cpu_optimizer: bias_correction=False is not supported; remove it or train on a GPU")
         if unsupported:
             raise ValueError(f"training.cpu_optimizer: options {sorted(unsupported)} need Transformer Engine; remove them")
         self.adam_w_mode = adam_w_mode
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-                                  "bias_correction": bias_correction})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": bias_correction}
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -45,10 +55,23 @@ class FusedAdam(torch.optim.Optimizer):
                 if not self.state[p]:
                     self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
             states = [self.state[p] for p in params]
-            adam(params, [p.grad for p in params], [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
-                 [torch.tensor(float(group["step"] - 1)) for _ in params], foreach=True, amsgrad=False, maximize=False,
-                 beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
-                 eps=group["eps"], decoupled_weight_decay=self.adam_w_mode)
+            adam(
+                params,
+                [p.grad for p in params],
+                [s["exp_avg"] for s in states],
+                [s["exp_avg_sq"] for s in states],
+                [],
+                [torch.tensor(float(group["step"] - 1)) for _ in params],
+                foreach=True,
+                amsgrad=False,
+                maximize=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                decoupled_weight_decay=self.adam_w_mode,
+            )
         return loss
 
 

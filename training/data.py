@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from data_prep.manifest import MixtureManifest
 from megatron.core import parallel_state as mpu
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron.training import get_args, get_tokenizer
+
+from data_prep.manifest import MixtureManifest
 
 # BlendedDataset adds a dataset_id of another shape, which context parallelism cannot slice.
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")

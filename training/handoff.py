@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.manifest import DataError, HeldoutManifest, MixtureManifest
 from pydantic import ValidationError
 
+from data_prep.manifest import DataError, HeldoutManifest, MixtureManifest
 from recipes.schema import Model, Recipe, Strict, describe
 from training.arguments import Load
 from training.files import compare_folder, sha256_json, write_json

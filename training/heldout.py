@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from data_prep.manifest import HeldoutManifest
 from megatron.core import parallel_state as mpu
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
-from megatron.training import get_args
 from megatron.core.utils import unwrap_model
+from megatron.training import get_args
 
+from data_prep.manifest import HeldoutManifest
 from recipes.schema import Model
 from training.forward import forward_step
 

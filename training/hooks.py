@@ -9,15 +9,11 @@ megatron.training is no stable API, so all of it is here and the version is pinn
 - `training_log`: exact metrics of every logged step;
 - `train`: held-out losses before the first step;
 - `setup_model_and_optimizer`: keeps hold of the model for the held-out losses at the end.
-
-Besides, a synchronous save gets a plain queue for its results: Megatron starts a manager process per rank for it, which imports torch
-anew (seconds of CPU in each stage) and outlives a rank that is killed.
 """
 
 from __future__ import annotations
 
 import math
-import queue
 import shutil
 import time
 from collections.abc import Callable
@@ -26,7 +22,6 @@ from typing import Any
 
 import megatron.training.training as upstream
 import torch
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size, update_num_microbatches
 from megatron.training import get_args, print_rank_0
 from megatron.training.utils import is_last_rank
@@ -78,8 +73,6 @@ class PhaseHooks:
         upstream.save_checkpoint = self.save_checkpoint
         upstream.training_log = self.training_log
         upstream.train = self.train
-        if not get_args().async_save:
-            filesystem_async._results_queue = queue.Queue()
 
     def setup_model_and_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         self.model, self.optimizer, scheduler = self._setup(*args, **kwargs)

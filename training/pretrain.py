@@ -6,14 +6,13 @@ import argparse
 import importlib.metadata
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from recipes.schedules import learning_rate_function
-
 from recipes.schema import Recipe
+from training import fast_import
 from training.arguments import Load, add_granite_arguments, compile_phase
 from training.files import digest_folder, write_json
 from training.handoff import Drawn, FileRecord, Handoff, latest_step
@@ -36,13 +35,13 @@ def run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, train
     """
     import_megatron(recipe)
     import megatron.training.training as upstream
-    import model.builder
     import torch
-    from data_prep.manifest import HeldoutManifest, MixtureManifest
     from megatron.core.enums import ModelType
     from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
+    import model.builder
+    from data_prep.manifest import HeldoutManifest, MixtureManifest
     from training import data, heldout, token_ids
     from training.forward import forward_step
     from training.hooks import PhaseHooks
@@ -93,6 +92,8 @@ def run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, train
         before_training=before_training,
     )
     hooks.install()
+    if not args.async_save:
+        fast_import.results_stay_in_process()
 
     def provide_model(
         pre_process: bool = True,
@@ -168,19 +169,23 @@ def run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, train
 
 def import_megatron(recipe: Recipe) -> None:
     """Import Megatron once, behind the CPU backend where the recipe's cluster has no GPU. Idempotent."""
-    if recipe.cluster.gpu == "cpu":
-        from training import cpu_backend, cpu_optimizer
+    with fast_import.quick_imports():
+        if recipe.cluster.gpu == "cpu":
+            from training import cpu_backend, cpu_optimizer
 
-        cpu_backend.install()
-        import megatron.training.training
+            cpu_backend.install()
+            import megatron.training.training
 
-        cpu_optimizer.install()
-    else:
-        import megatron.core.datasets.utils
-        import megatron.training.training
+            cpu_optimizer.install()
+        else:
+            import megatron.core.datasets.utils
+            import megatron.training.training
 
-        # The wheel ships the compiled helper but no Makefile: rank 0 would try to build it and exit.
-        megatron.core.datasets.utils.compile_helpers = lambda: None
+            # The wheel ships the compiled helper but no Makefile: rank 0 would try to build it and exit.
+            megatron.core.datasets.utils.compile_helpers = lambda: None
+        # The rank's own modules too, before the ranks are forked.
+        import training.heldout
+        import training.hooks  # noqa: F401
 
 
 def check_gate(previous: Handoff, losses: dict[str, float], dtype: str) -> None:
@@ -294,6 +299,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)  # the interpreter's teardown of NCCL and of loader threads can hang long after the work is done
+    # Without the interpreter's teardown: NCCL and loader threads can hang in it long after the work is done.
+    fast_import.leave(main())

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 
 from recipes.schema import Recipe, RecipeError
+from training import fast_import
 
 FINISHED = 0
 REQUEUE = 75
@@ -66,7 +67,6 @@ def refuse(error: Exception) -> int:
 
 def run_phase(recipe: Recipe, stage: str, run_dir: Path) -> int:
     from data_prep.manifest import DataError, HeldoutManifest, MixtureManifest
-
     from training.handoff import Refused, resolve, write_start
     from training.pretrain import write_model_json
 
@@ -172,10 +172,8 @@ def _rank_process(rank: int, ranks: int, port: int, rank_main: Callable[[], int]
 
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
         # No interpreter teardown in a forked rank: destructors of the parent's objects are not its own.
-        os._exit(code)
+        fast_import.leave(code)
 
 
 def run_torchrun(recipe: Recipe, stage: str, run_dir: Path, load: str | None, digest: str) -> int:
