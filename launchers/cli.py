@@ -1,0 +1,101 @@
+"""The `quarry` command: one parser over the subcommands, which are imported only when they are asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+VERSION_OF = "quarry"
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+COMMANDS = {
+    "plan": ("launchers.plan_command", "show a curriculum as a table and a picture, or a stage's exact arguments"),
+    "prep": ("launchers.prep_command", "prepare the data that a curriculum needs"),
+    "launch": ("launchers.launch_command", "run a curriculum, or go on with it where it stopped"),
+    "status": ("launchers.status", "show where a run stands, or list the runs"),
+    "report": ("launchers.report", "write a run's report, one HTML page"),
+    "convert": ("launchers.convert_command", "convert between a Megatron checkpoint and a Hugging Face folder"),
+}
+"""Subcommand -> module (with `add_parser(subparsers)` and `run(args) -> int`) and one line of help."""
+
+DESCRIPTION = "Training recipes for Granite-4.1-style models on Megatron-LM: plan, prepare data, launch, follow, report."
+EXAMPLE = """examples:
+  quarry plan curriculum=smoke                     what would be trained, phase by phase
+  quarry launch curriculum=smoke cluster=local     train it here; run it again to continue after anything
+  quarry status                                    the runs and how far they are
+  quarry report smoke-tiny                         one page with every curve
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code. Errors that a user can mend are one message and exit code 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = parse(arguments)
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `quarry status | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ValueError as error:
+        if not _is_readable(error):
+            raise
+        print(f"quarry: {error}", file=sys.stderr)
+        return EXIT_USAGE
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Parse a command line; imports only the module of the subcommand that it names."""
+    parser = argparse.ArgumentParser(
+        prog="quarry", description=DESCRIPTION, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
+    wanted = next((a for a in arguments if not a.startswith("-")), None)
+    for name, (module, help_text) in COMMANDS.items():
+        if name == wanted:
+            command = importlib.import_module(module)
+            command.add_parser(subparsers)
+            subparsers.choices[name].set_defaults(run=command.run)
+        else:
+            subparsers.add_parser(name, help=help_text, add_help=False)
+    args, rest = parser.parse_known_args(arguments)
+    if args.version:
+        args.run = _print_version
+        return args
+    # argparse gives up on positional words behind an option (`launch --run x curriculum=smoke`): they are overrides too.
+    if rest and hasattr(args, "overrides") and not any(word.startswith("-") for word in rest):
+        args.overrides = [*args.overrides, *rest]
+        rest = []
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}; `quarry {wanted} --help` lists what there is")
+    if not hasattr(args, "run") or not callable(args.run):
+        parser.print_help()
+        parser.exit(EXIT_USAGE)
+    return args
+
+
+def _print_version(args: argparse.Namespace) -> int:
+    from importlib.metadata import version
+
+    print(f"quarry {version(VERSION_OF)}")
+    return 0
+
+
+def _is_readable(error: ValueError) -> bool:
+    """Whether the error is one of ours that says its remedy; other ValueErrors are bugs and keep their traceback."""
+    from data_prep.errors import DataError
+    from launchers.errors import LaunchError
+    from recipes.schema import RecipeError
+
+    return isinstance(error, RecipeError | DataError | LaunchError)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

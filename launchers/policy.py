@@ -1,0 +1,88 @@
+"""What follows from the way a job ended: the next stage, the same stage again, or a stop that names its remedy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from launchers.wrapper import EXIT_BUSY
+
+EXIT_FINISHED = 0
+EXIT_SAVED = 75  # EX_TEMPFAIL: saved, start me again
+EXIT_REFUSED = 78  # EX_CONFIG: configuration or hand-off; starting again changes nothing
+
+MAX_STARTS_PER_LAUNCH = 100
+"""Starts of one stage by one launcher. Every one must have made progress, so this only stops a stage that crawls."""
+
+SAME_COMMAND = "the same command continues from the stage's last checkpoint"
+
+
+@dataclass(frozen=True)
+class Decision:
+    action: Literal["next", "again", "stop"]
+    reason: str
+    remedy: str = ""
+    exit_code: int = 0
+    """What the launcher exits with when it stops."""
+
+
+def decide(
+    exit_code: int | None,
+    *,
+    reason: str,
+    handed_off: bool,
+    step_before: int,
+    step_after: int,
+    starts: int,
+    stop_signal: int | None,
+) -> Decision:
+    """The policy of the local chain.
+
+    `exit_code` is the stage command's (negative: ended by that signal; None: unknown, its job ended without a trace); `step_*` are the
+    steps of its last whole checkpoint; `starts` counts this launcher's starts of the stage; `stop_signal` is set when the launcher was
+    asked to stop.
+    """
+    if handed_off and exit_code in (EXIT_FINISHED, None) and stop_signal is None:
+        return Decision("next", "finished")
+    if stop_signal is not None:
+        ended = "finished" if handed_off else f"saved at step {step_after}" if exit_code == EXIT_SAVED else reason
+        return Decision("stop", f"the launcher was asked to stop; the stage {ended}", SAME_COMMAND, 128 + stop_signal)
+    if exit_code == EXIT_FINISHED:
+        return Decision(
+            "stop",
+            "it ended with 0 but left no hand-off",
+            "read the log: the stage command must write handoff.json before it ends with 0",
+            1,
+        )
+    if exit_code == EXIT_SAVED:
+        if step_after <= step_before:
+            return Decision(
+                "stop",
+                f"it asked to be resumed (75) without a step of progress (its checkpoint is of step {step_after}, as before)",
+                "lower save_interval_steps or raise exit_after_minutes of the phase, so that each start saves at least once",
+                EXIT_SAVED,
+            )
+        if starts >= MAX_STARTS_PER_LAUNCH:
+            return Decision(
+                "stop", f"it was started {starts} times by this launcher", f"see its log for why; {SAME_COMMAND}", EXIT_SAVED
+            )
+        return Decision("again", f"saved at step {step_after}, to be resumed")
+    if exit_code == EXIT_REFUSED:
+        return Decision(
+            "stop",
+            "it refused its configuration or hand-off (78); starting it again would change nothing",
+            "mend what its last lines name, then run the same command",
+            EXIT_REFUSED,
+        )
+    if exit_code == EXIT_BUSY:
+        return Decision("stop", reason, "wait for that job, or end it; then run the same command", EXIT_BUSY)
+    if exit_code is None:
+        return Decision("stop", "its job ended without a trace (killed, or the machine went down)", SAME_COMMAND, 1)
+    if exit_code < 0:
+        remedy = (
+            f"{SAME_COMMAND}; if nobody killed it, look for the out-of-memory killer in `dmesg`"
+            if exit_code == -9
+            else SAME_COMMAND
+        )
+        return Decision("stop", reason, remedy, 128 - exit_code)
+    return Decision("stop", reason, f"mend what its last lines name; {SAME_COMMAND}", exit_code)

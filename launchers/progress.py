@@ -1,0 +1,229 @@
+"""Where a run stands, read from its folder alone: the same for the launcher's display, `quarry status` and `quarry report`."""
+
+from __future__ import annotations
+
+import json
+import socket
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from launchers.journal import Journal, attempts, last_outcome, seconds_between, stage_rows
+from launchers.jsonl import JsonLines, Row
+from launchers.processes import is_alive
+from launchers.runs import RunFolder
+from recipes.schema import Recipe
+
+State = Literal["waiting", "running", "finished", "failed", "interrupted"]
+
+RATE_WINDOW_ROWS = 20
+"""Logged steps over which the present speed is taken."""
+
+
+@dataclass
+class StageProgress:
+    """One stage as its files tell it."""
+
+    stage: str
+    kind: Literal["phase", "merge", "export"]
+    state: State = "waiting"
+    reason: str = ""
+    """Why a stage that failed or was interrupted ended."""
+    attempts: int = 0
+    step: int = 0
+    steps: int = 0
+    """0 for merges and exports."""
+    stage_tokens: int = 0
+    total_tokens: int | None = None
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    eta_seconds: float | None = None
+    wall_seconds: float = 0.0
+    """Over all attempts whose end was written down, and the one that runs."""
+    startup_seconds: float = 0.0
+    """From the start of an attempt to its first logged step: imports, data, checkpoint, the first held-out evaluation."""
+    training_seconds: float = 0.0
+    """Steps that are in metrics.jsonl."""
+    max_rss_bytes: int | None = None
+    handoff: Row | None = None
+    metrics: list[Row] = field(default_factory=list)
+    heldout: list[Row] = field(default_factory=list)
+
+    @property
+    def other_seconds(self) -> float:
+        """Held-out evaluation at the end, saving, hand-off, and steps that were lost with a crash."""
+        return max(0.0, self.wall_seconds - self.startup_seconds - self.training_seconds)
+
+
+class RunProgress:
+    """Follows one run; `refresh` reads what was written since the last call."""
+
+    def __init__(self, run: RunFolder, recipe: Recipe | None = None) -> None:
+        self.run = run
+        self.recipe = recipe or Recipe.read(run.recipe)
+        self.journal = Journal(run.journal)
+        self._metrics = {s: JsonLines(run.stage(s) / "metrics.jsonl") for s in self.recipe.stages}
+        self._heldout = {s: JsonLines(run.stage(s) / "heldout.jsonl") for s in self.recipe.stages}
+        self._finished: dict[str, Row] = {}
+        self.stages: list[StageProgress] = []
+
+    def refresh(self) -> list[StageProgress]:
+        self.journal.poll()
+        self.stages = [self._stage(stage) for stage in self.recipe.stages]
+        return self.stages
+
+    @property
+    def broken_lines(self) -> int:
+        """Lines of the journal and the metrics that a crash cut and that are left out."""
+        return self.journal.broken_lines + sum(j.broken_lines for j in (*self._metrics.values(), *self._heldout.values()))
+
+    @property
+    def state(self) -> State:
+        """Of the whole chain: that of the first stage that is not finished, if it was ever started."""
+        open_stages = [s for s in self.stages if s.state != "finished"]
+        if not open_stages:
+            return "finished"
+        if open_stages[0].state == "waiting" and len(open_stages) < len(self.stages):
+            return "interrupted"  # stopped between two stages
+        return open_stages[0].state
+
+    @property
+    def wall_seconds(self) -> float:
+        return sum(s.wall_seconds for s in self.stages)
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Estimate for the chain: waiting phases at the speed of the last phase that ran, with the start-up seen so far."""
+        rates = [s.tokens_per_second for s in self.stages if s.tokens_per_second]
+        if not rates:
+            return None
+        ended = [s for s in self.stages if s.state == "finished" and s.wall_seconds]
+        overheads = [s.wall_seconds - s.training_seconds for s in ended]
+        overhead = (
+            statistics.mean(overheads)
+            if overheads
+            else next((s.startup_seconds for s in self.stages if s.startup_seconds), 0.0)
+        )
+        total = 0.0
+        for s in self.stages:
+            if s.state == "running":
+                total += s.eta_seconds or 0.0
+            elif s.state != "finished":
+                left = self.recipe.phase[s.stage].tokens - s.stage_tokens if s.kind == "phase" else 0
+                total += overhead + left / rates[-1]
+        return total
+
+    def _stage(self, stage: str) -> StageProgress:
+        kind = self.recipe.stage_kind(stage)
+        rows = stage_rows(self.journal.rows, stage)
+        self._metrics[stage].poll()
+        self._heldout[stage].poll()
+        progress = StageProgress(
+            stage,
+            kind,
+            attempts=attempts(rows, stage),
+            steps=self.recipe.phase[stage].steps if kind == "phase" else 0,
+            metrics=self._metrics[stage].rows,
+            heldout=self._heldout[stage].rows,
+        )
+        self._read_metrics(progress)
+        self._read_handoff(progress)
+        self._read_journal(progress, rows)
+        if progress.state == "running" and kind == "phase" and progress.tokens_per_second:
+            progress.eta_seconds = (self.recipe.phase[stage].tokens - progress.stage_tokens) / progress.tokens_per_second
+        return progress
+
+    def _launcher_alive(self) -> bool:
+        launch = next((row for row in reversed(self.journal.rows) if row["event"] == "launch"), None)
+        return (
+            launch is not None
+            and launch.get("host") == socket.gethostname()
+            and is_alive(launch["pid"], launch["process_started"])
+        )
+
+    def _read_metrics(self, progress: StageProgress) -> None:
+        tokens_before, spent = 0, []
+        for row in progress.metrics:
+            rate, stage_tokens = row.get("tokens_per_second"), row.get("stage_tokens", 0)
+            seconds = (stage_tokens - tokens_before) / rate if rate else row.get("seconds") or 0.0
+            spent.append((stage_tokens - tokens_before, seconds))
+            tokens_before = stage_tokens
+            if row.get("loss") is not None:
+                progress.loss = row["loss"]
+        progress.training_seconds = sum(s for _, s in spent)
+        if progress.metrics:
+            last = progress.metrics[-1]
+            progress.step, progress.stage_tokens, progress.total_tokens = (
+                last.get("step", 0),
+                tokens_before,
+                last.get("total_tokens"),
+            )
+            recent = spent[-RATE_WINDOW_ROWS:]
+            seconds = sum(s for _, s in recent)
+            progress.tokens_per_second = sum(t for t, _ in recent) / seconds if seconds else None
+
+    def _read_handoff(self, progress: StageProgress) -> None:
+        value = self._finished.get(progress.stage) or _read_json(self.run.stage(progress.stage) / "handoff.json")
+        if value is None:
+            return
+        self._finished[progress.stage] = value
+        progress.handoff = value
+        progress.state = "finished"
+        progress.total_tokens = value.get("total_tokens", progress.total_tokens)
+
+    def _read_journal(self, progress: StageProgress, rows: list[Row]) -> None:
+        started = None
+        for row in rows:
+            if row["event"] == "intent":
+                started = None
+            elif row["event"] == "started":
+                started = row
+            elif row["event"] == "decision" and started is not None:
+                progress.wall_seconds += seconds_between(started, row)  # its wrapper was killed: the launcher saw the end
+                started = None
+            elif row["event"] == "outcome":
+                progress.wall_seconds += row.get("seconds") or 0.0
+                progress.startup_seconds += _startup(row, progress)
+                progress.max_rss_bytes = max(progress.max_rss_bytes or 0, row.get("max_rss_bytes") or 0) or None
+                started = None
+        if progress.state == "finished":
+            return
+        outcome = last_outcome(rows, progress.stage)
+        if started is not None and outcome is None:
+            here = started.get("host") == socket.gethostname()
+            if not here or is_alive(started["pid"], started["process_started"]):
+                progress.state = "running"
+                progress.reason = "" if here else f"on {started.get('host')} as far as the journal knows"
+                now = Journal.now()
+                progress.wall_seconds += max(0.0, seconds_between(started, now))
+                return
+        if outcome is not None:
+            code = outcome.get("exit_code")
+            stopped = code == 75 or " after SIG" in outcome.get("reason", "")
+            progress.state = "interrupted" if stopped else "failed"
+            progress.reason = "ended with 0 but left no hand-off" if code == 0 else outcome.get("reason", "")
+        elif progress.attempts and self._launcher_alive() and rows[-1]["event"] in ("intent", "submitted"):
+            progress.state = "running"
+        elif progress.attempts:
+            failed = [row for row in rows if row["event"] == "submission_failed"]
+            progress.state = "failed" if failed else "interrupted"
+            progress.reason = (
+                failed[-1].get("reason", "") if failed else "its job ended without a trace (killed, or the machine went down)"
+            )
+
+
+def _startup(outcome: Row, progress: StageProgress) -> float:
+    first = outcome.get("first_step_seconds")
+    if first is None:
+        return 0.0
+    first_row = progress.metrics[0].get("seconds") or 0.0 if progress.metrics else 0.0
+    return max(0.0, first - first_row)
+
+
+def _read_json(path: Path) -> Row | None:
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None  # hand-offs are renamed into place: what cannot be read is not one of ours, and `quarry launch` says so
+    return value if isinstance(value, dict) else None

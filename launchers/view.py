@@ -1,0 +1,124 @@
+"""What a person sees of a chain on the terminal: a table that stays in place, or plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from launchers import text
+from launchers.progress import RunProgress, StageProgress, State
+
+PLAIN_INTERVAL_SECONDS = 5.0
+LIVE_INTERVAL_SECONDS = 0.5
+
+STYLES: dict[State, str] = {
+    "waiting": "dim",
+    "running": "bold cyan",
+    "finished": "green",
+    "failed": "bold red",
+    "interrupted": "yellow",
+}
+MARKS: dict[State, str] = {"waiting": "·", "running": "▶", "finished": "✓", "failed": "✗", "interrupted": "‖"}
+
+
+def stage_table(progress: RunProgress) -> Table:
+    """One row per stage."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for name, justify in (
+        ("stage", "left"), ("state", "left"), ("tries", "right"), ("step", "right"), ("tokens", "right"),
+        ("loss", "right"), ("tokens/s", "right"), ("time", "right"), ("left", "right"),
+    ):  # fmt: skip
+        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for s in progress.stages:
+        table.add_row(
+            Text(s.stage),
+            Text(f"{MARKS[s.state]} {s.state}", style=STYLES[s.state]),
+            str(s.attempts) if s.attempts > 1 else "",
+            f"{s.step}/{s.steps}" if s.steps else "",
+            text.tokens(s.stage_tokens) if s.stage_tokens else "",
+            text.loss(s.loss) if s.loss is not None else "",
+            text.tokens(s.tokens_per_second) if s.tokens_per_second else "",
+            text.duration(s.wall_seconds) if s.wall_seconds else "",
+            text.duration(s.eta_seconds) if s.eta_seconds is not None else "",
+            style="dim" if s.state == "waiting" else None,
+        )
+    return table
+
+
+def overview(progress: RunProgress) -> Group:
+    """The table, one line for the chain, and why a stage stopped."""
+    trained = sum(s.stage_tokens for s in progress.stages)
+    planned = progress.recipe.total_tokens
+    eta = progress.eta_seconds
+    line = f"{progress.state}: {text.tokens(trained)} of {text.tokens(planned)} tokens, {text.duration(progress.wall_seconds)} in stages"
+    if eta and progress.state != "finished":
+        line += f", about {text.duration(eta)} left"
+    notes = [
+        Text(f"{s.stage}: {s.reason}", style=STYLES[s.state]) for s in progress.stages if s.reason and s.state != "finished"
+    ]
+    return Group(stage_table(progress), Text(line, style=STYLES[progress.state]), *notes)
+
+
+class View:
+    """Shows the chain while it runs. `update` is cheap and may be called as often as one likes."""
+
+    def __init__(self, progress: RunProgress, console: Console) -> None:
+        self.progress = progress
+        self.console = console
+        self._live = Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else None
+        self._next = 0.0
+        self._last_line = ""
+
+    def __enter__(self) -> View:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live:
+            self._render()
+            self._live.stop()
+
+    def say(self, message: str, style: str | None = None) -> None:
+        """A line that stays, above the table if there is one."""
+        self.console.print(Text(message, style=style or ""), soft_wrap=True)
+
+    def update(self, *, force: bool = False) -> None:
+        now = time.monotonic()
+        if now < self._next and not force:
+            return
+        self._next = now + (LIVE_INTERVAL_SECONDS if self._live else PLAIN_INTERVAL_SECONDS)
+        self.progress.refresh()
+        if self._live:
+            self._render()
+        else:
+            self._plain()
+
+    def _render(self) -> None:
+        assert self._live is not None
+        self.progress.refresh()
+        self._live.update(overview(self.progress), refresh=True)
+
+    def _plain(self) -> None:
+        running = [s for s in self.progress.stages if s.state == "running"]
+        for s in running:
+            line = plain_line(s)
+            if line == self._last_line:
+                continue
+            self._last_line = line
+            eta = self.progress.eta_seconds
+            self.say(line + (f"  chain about {text.duration(eta)} left" if eta else ""))
+
+
+def plain_line(s: StageProgress) -> str:
+    if not s.step:
+        return f"[{s.stage}] starting" if s.steps else f"[{s.stage}] working"
+    return (
+        f"[{s.stage}] step {s.step}/{s.steps}  loss {text.loss(s.loss)}  {text.rate(s.tokens_per_second)}"
+        f"  {text.duration(s.eta_seconds)} left"
+    )
