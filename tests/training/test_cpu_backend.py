@@ -17,9 +17,20 @@ from training import cpu_backend, cpu_optimizer, fast_import
 cpu_backend.install()
 
 
-@pytest.mark.parametrize(("given_device", "expected"), [
-    ("cuda", "cpu"), ("cuda:3", "cpu"), ("cpu", "cpu"), ("meta", "meta"), (None, None), (torch.bool, torch.bool),
-    (torch.device("cuda", 1), torch.device("cpu")), (torch.device("meta"), torch.device("meta")), (0, torch.device("cpu"))])
+@pytest.mark.parametrize(
+    ("given_device", "expected"),
+    [
+        ("cuda", "cpu"),
+        ("cuda:3", "cpu"),
+        ("cpu", "cpu"),
+        ("meta", "meta"),
+        (None, None),
+        (torch.bool, torch.bool),
+        (torch.device("cuda", 1), torch.device("cpu")),
+        (torch.device("meta"), torch.device("meta")),
+        (0, torch.device("cpu")),
+    ],
+)
 def test_devices_are_mapped(given_device: object, expected: object) -> None:
     assert cpu_backend.to_cpu(given_device) == expected
 
@@ -27,11 +38,22 @@ def test_devices_are_mapped(given_device: object, expected: object) -> None:
 def test_every_way_to_a_cuda_tensor_gives_a_cpu_tensor() -> None:
     index = torch.device("cuda", torch.cuda.current_device())
     base = torch.arange(3.0)
-    made = [torch.zeros(3, device="cuda"), torch.tensor([1], device=index), torch.empty_like(base, device="cuda:0"),
-            torch.rand(2, device=0, pin_memory=True), base.new_zeros(2, device="cuda"), base.to("cuda"), base.to(index),
-            base.to(device="cuda", dtype=torch.bfloat16), base.to(base), base.cuda(), base.pin_memory(),
-            torch.nn.Linear(2, 2, device="cuda").weight, torch.nn.Linear(2, 2).cuda().weight,
-            torch.nn.Linear(2, 2).to("cuda").weight]
+    made = [
+        torch.zeros(3, device="cuda"),
+        torch.tensor([1], device=index),
+        torch.empty_like(base, device="cuda:0"),
+        torch.rand(2, device=0, pin_memory=True),
+        base.new_zeros(2, device="cuda"),
+        base.to("cuda"),
+        base.to(index),
+        base.to(device="cuda", dtype=torch.bfloat16),
+        base.to(base),
+        base.cuda(),
+        base.pin_memory(),
+        torch.nn.Linear(2, 2, device="cuda").weight,
+        torch.nn.Linear(2, 2).cuda().weight,
+        torch.nn.Linear(2, 2).to("cuda").weight,
+    ]
     assert [t.device.type for t in made] == ["cpu"] * len(made)
     assert base.to("cuda", torch.float64).dtype == torch.float64
     assert torch.empty(1, device="meta").device.type == "meta"
@@ -51,7 +73,9 @@ def test_random_state_of_cuda_is_that_of_the_cpu() -> None:
     assert torch.equal(torch.rand(4), first)
     generator = torch.Generator(device="cuda")
     assert generator.device.type == "cpu"
-    assert torch.equal(torch.rand(3, generator=generator.manual_seed(1)), torch.rand(3, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(
+        torch.rand(3, generator=generator.manual_seed(1)), torch.rand(3, generator=torch.Generator().manual_seed(1))
+    )
 
 
 def test_load_maps_cuda_to_cpu() -> None:
@@ -81,13 +105,20 @@ def test_install_is_idempotent() -> None:
 
 
 def _python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_install_after_megatron_is_refused() -> None:
-    done = _python("import sys, types; sys.modules['megatron.core'] = types.ModuleType('x')\n"
-                   "from training import cpu_backend; cpu_backend.install()")
+    done = _python(
+        "import sys, types; sys.modules['megatron.core'] = types.ModuleType('x')\n"
+        "from training import cpu_backend; cpu_backend.install()"
+    )
     assert done.returncode != 0
     assert "call install() before the first import" in done.stderr
 
