@@ -70,6 +70,8 @@ class Handoff(Strict):
     """Training loss of the last step, nats per token."""
     heldout: dict[str, float] | None
     """Category -> held-out loss at the end, nats per token, at the recipe's held-out length."""
+    heldout_bound: dict[str, float] | None = None
+    """After a merge, in place of `heldout`: per category the worst loss of its inputs."""
     heldout_digest: str | None
     """Digest of the held-out sets that `heldout` was measured on."""
     versions: dict[str, str]

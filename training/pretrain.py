@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import math
 import sys
@@ -16,12 +15,17 @@ from training import fast_import
 from training.arguments import Load, add_granite_arguments, compile_phase
 from training.files import digest_folder, write_json
 from training.handoff import Drawn, FileRecord, Handoff, latest_step
+from training.versions import versions
 
 # A loss may move this much across a boundary that changes nothing but the layout: 40 times what was measured in fp32 (2e-6 at most
 # over all layouts), and what bf16's eight bits of mantissa leave of a mean over thousands of tokens.
 GATE_NATS = {"fp32": 1e-4, "bf16": 2e-2}
 
+# A merge may cost this much before training mends it [assumed: averages of neighbouring checkpoints usually gain].
+MERGE_GATE_NATS = 0.5
+
 FINISHED = 0
+REFUSED = 78
 
 
 class LossGate(RuntimeError):
@@ -70,16 +74,14 @@ def run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, train
         """On a first start: the gate against the hand-off, and the loss that this stage begins with."""
         if not first_start:
             return
-        if previous is not None and previous.heldout is not None and previous.heldout_digest == heldout_manifest.digest:
-            if previous.rope_base != phase.rope_base:
-                with heldout.rope_base(hooks.model, recipe.model, previous.rope_base):
-                    check_gate(previous, evaluate(hooks), phase.precision.dtype)
-                losses = evaluate(hooks)
-            else:
-                losses = evaluate(hooks)
-                check_gate(previous, losses, phase.precision.dtype)
-        else:
-            losses = evaluate(hooks)
+        gated = previous is not None and previous.heldout_digest == heldout_manifest.digest
+        if gated and previous.rope_base != phase.rope_base:
+            # The loss that was handed off was measured with the RoPE base of then.
+            with heldout.rope_base(hooks.model, recipe.model, previous.rope_base):
+                check_gate(previous, evaluate(hooks), phase.precision.dtype)
+        losses = evaluate(hooks)
+        if gated and previous.rope_base == phase.rope_base:
+            check_gate(previous, losses, phase.precision.dtype)
         if upstream.is_last_rank():
             hooks.metrics.append_heldout(when="start", step=0, total_tokens=recipe.tokens_before(stage), losses=losses)
 
@@ -137,6 +139,10 @@ def run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, train
         if leave.code not in (None, 0):
             raise
         return FINISHED  # saved after a signal or at the time limit
+    except LossGate as error:  # on every rank alike
+        if args.rank == 0:
+            print(f"refused: {error}", file=sys.stderr, flush=True)
+        return REFUSED
 
     losses = evaluate(hooks)
     if not dataset and data.reads_data():
@@ -189,17 +195,25 @@ def import_megatron(recipe: Recipe) -> None:
 
 
 def check_gate(previous: Handoff, losses: dict[str, float], dtype: str) -> None:
-    """Raise LossGate if a held-out loss moved across the boundary by more than the precision explains."""
-    assert previous.heldout is not None
-    moved = {c: losses[c] - before for c, before in previous.heldout.items() if not abs(losses[c] - before) <= GATE_NATS[dtype]}
+    """Raise LossGate if a held-out loss is not what `previous` allows.
+
+    After a phase: the same within what the precision explains. After a merge, whose loss nobody has measured: at most
+    MERGE_GATE_NATS above the worst of its inputs.
+    """
+    if previous.heldout is not None:
+        expected, low, high = previous.heldout, -GATE_NATS[dtype], GATE_NATS[dtype]
+        rule = f"the held-out loss is not the one that '{previous.stage}' handed off (tolerance {high:g} nats in {dtype})"
+        remedy = "the weights, a multiplier, the RoPE base or the held-out data are not what they were"
+    elif previous.heldout_bound is not None:
+        expected, low, high = previous.heldout_bound, -math.inf, MERGE_GATE_NATS
+        rule = f"the held-out loss after the merge '{previous.stage}' is over {high:g} nats above the worst of its inputs"
+        remedy = "the inputs lie too far apart to be averaged: weight the newest more, or drop the merge"
+    else:
+        return
+    moved = {c: losses[c] - before for c, before in expected.items() if not low <= losses[c] - before <= high}
     if moved:
-        worst = ", ".join(
-            f"{c} {previous.heldout[c]:.4f} -> {losses[c]:.4f}" for c in sorted(moved, key=lambda c: -abs(moved[c]))
-        )
-        raise LossGate(
-            f"the held-out loss is not the one that '{previous.stage}' handed off (tolerance {GATE_NATS[dtype]:g} nats in {dtype}): {worst}; "
-            "the weights, a multiplier, the RoPE base or the held-out data are not what they were"
-        )
+        worst = ", ".join(f"{c} {expected[c]:.4f} -> {losses[c]:.4f}" for c in sorted(moved, key=lambda c: -abs(moved[c])))
+        raise LossGate(f"{rule}: {worst}; {remedy}")
 
 
 def last_logged_loss(stage_dir: Path) -> float:
@@ -252,18 +266,6 @@ def write_handoff(
         heldout_digest=heldout_digest,
         versions=versions(),
     ).write(stage_dir)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    out = {name: importlib.metadata.version(name) for name in ("quarry", "torch", "megatron-core", "numpy")}
-    for name in ("transformer-engine", "apex"):
-        try:
-            out[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            out[name] = "absent"
-    out["python"] = sys.version.split()[0]
-    return out
 
 
 def write_model_json(recipe: Recipe, stage: str, stage_dir: Path, tokenizer: dict[str, Any]) -> None:
