@@ -94,7 +94,9 @@ def _composed(overrides: Sequence[str], config_dirs: list[Path]):
     roots = []
     for folder in config_dirs:
         if not folder.is_dir():
-            raise RecipeError(f"--config-dir {folder}: no such folder; it holds groups as the recipes tree does, e.g. mixture/mine.yaml")
+            raise RecipeError(
+                f"--config-dir {folder}: no such folder; it holds groups as the recipes tree does, e.g. mixture/mine.yaml"
+            )
         roots.append(folder.resolve())
     roots.append(TREE)
     search_path = ", ".join("'file://" + str(root).replace("\\", "\\\\").replace("'", "\\'") + "'" for root in roots[1:])
@@ -172,7 +174,9 @@ def _known_keys(key: str, overrides: Sequence[str], config_dirs: list[Path]) -> 
 def _check_stages(raw: dict[str, Any]) -> None:
     stages = raw.get("stages")
     if not isinstance(stages, list):
-        raise RecipeError(f"stages: must be a list of stage names (got {stages!r}); a curriculum sets it, e.g. curriculum=five_phase")
+        raise RecipeError(
+            f"stages: must be a list of stage names (got {stages!r}); a curriculum sets it, e.g. curriculum=five_phase"
+        )
     known = [*raw["phase"], *raw["merge"], *raw["export"]]
     unknown = [s for s in stages if s not in known]
     if unknown:

@@ -324,7 +324,8 @@ class Recipe(Strict):
         """Write the recipe as JSON, atomically (temporary name, fsync, rename)."""
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         with open(temporary, "w", encoding="utf-8") as f:
-            json.dump(self.model_dump(mode="json"), f, indent=1, sort_keys=True)
+            # In the recipe's own order, not sorted: the last input of a merge is the newest.
+            json.dump(self.model_dump(mode="json"), f, indent=1)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
