@@ -31,7 +31,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--run", dest="run_name", metavar="NAME", help="name of the run (default: from curriculum and model)")
     parser.add_argument(
-        "--config-dir", type=Path, metavar="DIR", help="folder with recipes of your own, put on Hydra's search path"
+        "--config-dir",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder with recipes of your own, put on Hydra's search path; may be given several times",
     )
     parser.add_argument("--from", dest="first", metavar="STAGE", help="begin with this stage; those before it must be finished")
     parser.add_argument("--to", dest="last", metavar="STAGE", help="stop after this stage")
@@ -49,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from recipes.compose import compose
     from recipes.lint import check
 
-    recipe = compose(args.overrides, config_dir=args.config_dir)
+    recipe = compose(args.overrides, config_dirs=args.config_dir)
     check(recipe)
     launch = Launch(recipe=recipe, run_name=args.run_name, first=args.first, last=args.last, accept_changes=args.accept_changes)
     return launch.dryrun() if args.dryrun else launch.start()

@@ -13,6 +13,11 @@ def tokens(count: float | None) -> str:
     return f"{count:.0f}" if count >= 10 or count == int(count) else f"{count:.2g}"
 
 
+def length(count: int) -> str:
+    """Sequence lengths as they are called: 4096 -> 4K, 131072 -> 128K, 1000 -> 1000."""
+    return f"{count // 1024}K" if count >= 2048 and count % 1024 == 0 else str(int(count))
+
+
 def duration(seconds: float | None) -> str:
     """3725 -> 1:02:05; 4.2 -> 4.2 s; None -> -"""
     if seconds is None:
