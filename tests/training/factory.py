@@ -1,0 +1,180 @@
+"""A run of two small phases on generated token data, for tests that start real ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from recipes.schema import Recipe
+
+STEPS = 20
+VOCAB_SIZE = 256
+FIRST = {"steps": 8, "seq_length_tokens": 64, "global_batch_samples": 16, "rope_base": 10000.0}
+SECOND = {"steps": STEPS, "seq_length_tokens": 128, "global_batch_samples": 8, "rope_base": 50000.0}
+SHARES = {"first": {"web": 70.0, "code": 30.0}, "second": {"web": 25.0, "code": 75.0}}
+
+
+def make_recipe(data_root, layout, layout_name, **second_phase):
+    """Two phases: `first` on one rank, `second` on `layout` with another length, batch, RoPE base, mixture and schedule."""
+
+    def phase(name, numbers, parallel, schedule):
+        tokens = numbers["steps"] * numbers["seq_length_tokens"] * numbers["global_batch_samples"]
+        return {
+            "title": name,
+            "tokens": tokens,
+            **numbers,
+            "mixture": {"name": name, "shares_percent": SHARES[name]},
+            "schedule": schedule,
+            "parallel": {"micro_batch_samples": 4, **parallel},
+            "precision": {"name": "fp32", "dtype": "fp32"},
+            "save_interval_steps": 7,
+        }
+
+    linear = {"kind": "linear", "start_lr": 3e-3, "end_lr": 3e-4}
+    return Recipe.model_validate(
+        {
+            "name": "exact",
+            "seed": 7,
+            "stages": ["first", "second"],
+            "phase": {
+                "first": phase("first", FIRST, {"name": "single", "gpus": 1}, {"kind": "constant", "start_lr": 4e-3}),
+                "second": {**phase("second", SECOND, {"name": layout_name, **layout}, linear), **second_phase},
+            },
+            "model": {
+                "name": "test",
+                "num_layers": 4,
+                "hidden_size": 64,
+                "ffn_hidden_size": 128,
+                "num_attention_heads": 4,
+                "num_query_groups": 2,
+                "head_dim": 16,
+                "vocab_size": VOCAB_SIZE,
+                "tied_embeddings": True,
+                "embedding_multiplier": 12.0,
+                "residual_multiplier": 0.7,
+                "attention_multiplier": 1 / 16,
+                "logits_scaling": 2.0,
+                "norm_epsilon": 1e-5,
+                "init_std": 0.05,
+                # narrower than the model: muP's learning-rate groups are part of what is handed off
+                "mup_base_hidden_size": 32,
+                "released_rope_base": 1e4,
+                "released_max_position_tokens": 128,
+                "published_parameters": None,
+            },
+            "optimizer": {"beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1, "clip_grad_norm": 1.0},
+            "data": {
+                "name": "generated",
+                "root": str(data_root),
+                "sources": {s: {"category": s, "kind": "indexed", "paths": [s]} for s in ("web", "code")},
+                "tokenizer": {"kind": "sentencepiece", "vocab_size": VOCAB_SIZE},
+                "heldout_percent": 1.0,
+                "heldout_max_tokens": 4096,
+                "heldout_batch_samples": 8,
+                "heldout_seq_length_tokens": 64,
+                "max_epochs": 4.0,
+            },
+            "cluster": {"kind": "local", "name": "local", "gpu": "cpu", "gpus_per_node": 4, "runs_root": "runs"},
+        }
+    )
+
+
+def documents(seed, count):
+    """Sequences that a model can learn: ramps that wrap, of 40 to 200 tokens."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        length = int(rng.integers(40, 200))
+        yield (np.cumsum(rng.integers(0, 3, length)) % 200 + int(rng.integers(0, 50))).astype(np.uint16)
+
+
+def make_data(root):
+    """Views of both phases and held-out sets below `root`, with their manifests."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+    import torch
+
+    def write(prefix, seed, count):
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        b = IndexedDatasetBuilder(str(prefix) + ".bin", dtype=np.uint16)
+        for d in documents(seed, count):
+            b.add_document(torch.from_numpy(d.astype(np.int64)), [len(d)])
+        b.finalize(str(prefix) + ".idx")
+
+    tok = dict(kind="sentencepiece", path="tok", sha256="t" * 64, vocab_size=256, eod_id=255)
+    for i, c in enumerate(("web", "code")):
+        write(root / "heldout" / c, i, 40)
+    (root / "heldout/manifest.json").write_text(
+        json.dumps(dict(seq_length_tokens=64, categories={c: dict(prefix=f"heldout/{c}") for c in ("web", "code")}, digest="h"))
+    )
+    for k, (name, numbers) in enumerate((("first", FIRST), ("second", SECOND))):
+        for i, c in enumerate(("web", "code")):
+            write(root / "views" / name / c, 10 + 2 * k + i, 300)
+        (root / "views" / name / "manifest.json").write_text(
+            json.dumps(
+                dict(
+                    phase=name,
+                    seq_length_tokens=numbers["seq_length_tokens"],
+                    samples=numbers["steps"] * numbers["global_batch_samples"],
+                    tokenizer=tok,
+                    digest="m" + name,
+                    sources={
+                        c: dict(category=c, prefix=f"views/{name}/{c}", weight=SHARES[name][c] / 100) for c in ("web", "code")
+                    },
+                )
+            )
+        )
+
+
+def start(run, stage):
+    """The stage command in the background; its output is appended to `log.txt` of the run."""
+    with open(run / "log.txt", "a") as log:
+        return subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "training.stage", "--run-dir", str(run), "--stage", stage],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+
+def start_stage(run, stage):
+    """Run the stage command to its end; returns the exit code."""
+    return start(run, stage).wait(timeout=300)
+
+
+def save_before_the_first_step():
+    """Main of a process of its own: start stage `second` of the run in argv[1], save what was loaded as step 1, and leave."""
+    from training import stage
+    from training.pretrain import import_megatron
+
+    run = Path(sys.argv[1])
+    import_megatron(Recipe.read(run / "recipe.json"))
+    import megatron.training.training as upstream
+
+    from training.hooks import PhaseHooks
+
+    def save_at_once(self, forward_step_func, model, optimizer, scheduler, *args, **kwargs):
+        upstream.save_checkpoint_and_time(1, model, optimizer, scheduler, 0, {})
+        raise SystemExit(0)
+
+    PhaseHooks.train = save_at_once
+    code = stage.main(["--run-dir", str(run), "--stage", "second"])
+    sys.exit(0 if code == stage.REQUEUE else 1)
+
+
+def read_checkpoint(stage_dir):
+    """Tensors of the newest checkpoint of a stage by key, read without Megatron; RNG states left out."""
+    import torch.distributed.checkpoint as dcp
+    import torch
+
+    folder = max((stage_dir / "checkpoints").glob("iter_*"))
+    reader = dcp.FileSystemReader(folder)
+    metadata = reader.read_metadata().state_dict_metadata
+    wanted = {
+        key: torch.empty(value.size, dtype=value.properties.dtype)
+        for key, value in metadata.items()
+        if hasattr(value, "size") and "rng" not in key
+    }
+    dcp.load(wanted, storage_reader=reader, no_dist=True)
+    return wanted
