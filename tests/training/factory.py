@@ -92,8 +92,8 @@ def documents(seed, count):
 
 def make_data(root):
     """Views of both phases and held-out sets below `root`, with their manifests."""
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
     import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     def write(prefix, seed, count):
         prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -165,8 +165,8 @@ def save_before_the_first_step():
 
 def read_checkpoint(stage_dir):
     """Tensors of the newest checkpoint of a stage by key, read without Megatron; RNG states left out."""
-    import torch.distributed.checkpoint as dcp
     import torch
+    import torch.distributed.checkpoint as dcp
 
     folder = max((stage_dir / "checkpoints").glob("iter_*"))
     reader = dcp.FileSystemReader(folder)
