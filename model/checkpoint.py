@@ -84,6 +84,13 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / METADATA).is_file() and (folder / "metadata.json").is_file()
 
 
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
 def latest(folder: Path) -> Path:
     """The newest checkpoint of a folder that holds iter_* and the tracker file, or `folder` itself if it is a checkpoint.
 
@@ -239,8 +246,9 @@ class Writer:
     As a context manager it closes on success and removes what it wrote on an exception.
     """
 
-    def __init__(self, folder: Path) -> None:
-        if folder.exists():
+    def __init__(self, folder: Path, *, replace: bool = False) -> None:
+        """`replace` allows `folder` to exist; it is removed just before the new one takes its name."""
+        if folder.exists() and not replace:
             raise ModelError(f"{folder} exists; remove it or name another output")
         folder.parent.mkdir(parents=True, exist_ok=True)
         self.folder = folder
@@ -273,11 +281,24 @@ class Writer:
         growing = self._tensors.setdefault(key, _Growing(value.dtype, shape))
         if (growing.dtype, growing.shape) != (value.dtype, shape):
             raise ValueError(f"chunks of '{key}' disagree: {growing.dtype} {growing.shape} and {value.dtype} {shape}")
-        index = metadata.MetadataIndex(key, offsets, len(growing.chunks))
-        growing.chunks.append(metadata.ChunkStorageMetadata(torch.Size(offsets), torch.Size(value.shape)))
         # torch.save writes the whole storage of a view, so a view is copied first.
         whole = value.is_contiguous() and value.untyped_storage().nbytes() == value.numel() * value.element_size()
-        self._write(index, value if whole else value.clone(memory_format=torch.contiguous_format))
+        self._add(
+            key, growing, offsets, tuple(value.shape), value if whole else value.clone(memory_format=torch.contiguous_format)
+        )
+
+    def copy_chunk(self, key: str, source: Checkpoint, chunk: Chunk) -> None:
+        """Save a chunk of `source` as it is, byte for byte."""
+        tensor = source.tensors[key]
+        growing = self._tensors.setdefault(key, _Growing(tensor.dtype, tensor.shape))
+        self._add(key, growing, chunk.offsets, chunk.sizes, source.read_bytes(chunk.place))
+
+    def _add(
+        self, key: str, growing: _Growing, offsets: tuple[int, ...], sizes: tuple[int, ...], data: torch.Tensor | bytes
+    ) -> None:
+        index = metadata.MetadataIndex(key, offsets, len(growing.chunks))
+        growing.chunks.append(metadata.ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+        self._write(index, data)
 
     def add_object(self, key: str, data: bytes) -> None:
         """Save the bytes of an opaque object."""
@@ -297,6 +318,10 @@ class Writer:
         self._storage[index] = filesystem._StorageInfo(self._name, offset, self._file.tell() - offset)
         if self._file.tell() > MAX_FILE_BYTES:
             self._end_file()
+
+    def add_file(self, name: str, data: bytes) -> None:
+        """Add a file that lies beside the tensors."""
+        self._write_small(name, data)
 
     def _end_file(self) -> None:
         if self._file is not None:
@@ -318,12 +343,14 @@ class Writer:
             for key, t in self._tensors.items()
         }
         entries |= {key: metadata.BytesStorageMetadata() for key in self._objects}
-        index = metadata.Metadata(entries, storage_data=self._storage, storage_meta=metadata.StorageMeta())
+        index = metadata.Metadata(
+            entries, storage_data=self._storage, storage_meta=metadata.StorageMeta(), version=filesystem.CURRENT_DCP_VERSION
+        )
         self._write_small("metadata.json", json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}).encode())
         self._write_small(METADATA, pickle.dumps(index))
         sums = json.dumps({"algorithm": "sha256", "files": dict(sorted(self._sums.items()))}, indent=2)
         self._write_small(INTEGRITY, sums.encode(), summed=False)
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
         os.replace(self._temporary, self.folder)
-        descriptor = os.open(self.folder.parent, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        sync_folder(self.folder.parent)
