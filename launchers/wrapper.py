@@ -186,7 +186,13 @@ class FirstStep:
 
 def describe_exit(exit_code: int, received: str | None) -> str:
     """One phrase for an exit code of the stage command (negative: ended by that signal)."""
-    meaning = {0: "finished", 75: "saved, to be resumed", 78: "refused its configuration or hand-off"}
+    meaning = {
+        0: "finished",
+        16: "stopped by Megatron's rerun check (16): an unexpected result, not yet known whether it repeats; suspect the hardware",
+        17: "stopped by Megatron's rerun check (17): a result failed its validation; suspect data, code or hardware",
+        75: "saved, to be resumed",
+        78: "refused its configuration or hand-off",
+    }
     if exit_code < 0:
         text = f"killed by {signal.Signals(-exit_code).name}"
     else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +88,18 @@ def make_recipe(runs_root: Path, **changes: Any) -> Recipe:
 class Harness:
     """Launches the fake chain under one folder and looks at what it left."""
 
+    fake_stage = FAKE_STAGE
+
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.root = root
         self.recipe = make_recipe(root)
         self.run_dir = root / "smoke-tiny-model"
         self._monkeypatch = monkeypatch
         self.output = ""
+
+    def dict(self, **changes: Any) -> dict[str, Any]:
+        """The recipe as a dictionary, with other values for some top-level keys."""
+        return recipe_dict(self.root, **changes)
 
     def faults(self, **faults: dict[str, Any]) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -136,6 +141,3 @@ class Harness:
 @pytest.fixture
 def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Harness:
     return Harness(tmp_path / "runs", monkeypatch)
-
-
-Launcher = Callable[..., int]

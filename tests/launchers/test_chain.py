@@ -12,9 +12,9 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import FAKE_STAGE, Harness, make_recipe, recipe_dict
 
 from launchers import processes
 from launchers.chain import Launch
@@ -43,7 +43,7 @@ def when(condition: Callable[[], object], action: Callable[[], object]) -> threa
     return thread
 
 
-def test_runs_every_stage_in_order_and_a_second_launch_starts_nothing(harness: Harness) -> None:
+def test_runs_every_stage_in_order_and_a_second_launch_starts_nothing(harness: Any) -> None:
     assert harness.launch() == 0
     assert [row["stage"] for row in harness.journal(event="outcome", exit_code=0)] == ["data", *STAGES]
     assert all(harness.starts(s) == 1 for s in STAGES)
@@ -65,7 +65,7 @@ def test_runs_every_stage_in_order_and_a_second_launch_starts_nothing(harness: H
     assert all(harness.starts(s) == 1 for s in STAGES)
 
 
-def test_stage_overhead_of_the_launcher_is_small(harness: Harness) -> None:
+def test_stage_overhead_of_the_launcher_is_small(harness: Any) -> None:
     assert harness.launch() == 0
     outcomes = [row for row in harness.journal(event="outcome") if row["stage"] in STAGES]
     times = [json.loads(line) for line in (harness.run_dir / "journal.jsonl").read_text().splitlines()]
@@ -77,7 +77,7 @@ def test_stage_overhead_of_the_launcher_is_small(harness: Harness) -> None:
     assert overhead < 1.0
 
 
-def test_failed_stage_stops_the_chain_with_its_last_lines_and_a_remedy(harness: Harness) -> None:
+def test_failed_stage_stops_the_chain_with_its_last_lines_and_a_remedy(harness: Any) -> None:
     harness.faults(b={"exit": 3})
     assert harness.launch() == 3
     assert [harness.starts(s) for s in STAGES] == [1, 1, 0, 0, 0]
@@ -92,14 +92,14 @@ def test_failed_stage_stops_the_chain_with_its_last_lines_and_a_remedy(harness: 
     assert [harness.starts(s) for s in STAGES] == [1, 2, 1, 1, 1]
 
 
-def test_refusal_is_not_retried(harness: Harness) -> None:
+def test_refusal_is_not_retried(harness: Any) -> None:
     harness.faults(b={"exit": 78})
     assert harness.launch() == 78
     assert harness.starts("b") == 1
     assert "refused its configuration" in harness.output
 
 
-def test_75_starts_the_stage_again_from_its_checkpoint(harness: Harness) -> None:
+def test_75_starts_the_stage_again_from_its_checkpoint(harness: Any) -> None:
     harness.faults(b={"exit": 75, "at_step": 3, "times": 1})
     assert harness.launch() == 0
     assert harness.starts("b") == 2
@@ -109,21 +109,21 @@ def test_75_starts_the_stage_again_from_its_checkpoint(harness: Harness) -> None
     assert "==== attempt 2" in (harness.run_dir / "stages" / "b" / "log.txt").read_text()
 
 
-def test_75_without_progress_stops(harness: Harness) -> None:
+def test_75_without_progress_stops(harness: Any) -> None:
     harness.faults(b={"exit": 75, "at_step": 1, "no_save": True})
     assert harness.launch() == 75
     assert harness.starts("b") == 1
     assert "without a step of progress" in harness.output
 
 
-def test_end_with_0_but_without_handoff_stops(harness: Harness) -> None:
+def test_end_with_0_but_without_handoff_stops(harness: Any) -> None:
     harness.faults(b={"no_handoff": True})
     assert harness.launch() == 1
     assert "left no hand-off" in harness.output
     assert harness.starts("merged") == 0
 
 
-def test_killed_stage_stops_the_chain_and_the_same_command_continues_it(harness: Harness) -> None:
+def test_killed_stage_stops_the_chain_and_the_same_command_continues_it(harness: Any) -> None:
     harness.faults(b={"exit": -9, "at_step": 3, "times": 1})
     assert harness.launch() == 128 + signal.SIGKILL
     assert "killed by SIGKILL" in harness.output
@@ -134,7 +134,7 @@ def test_killed_stage_stops_the_chain_and_the_same_command_continues_it(harness:
     assert harness.steps("b") == [1, 2, 3, 4]
 
 
-def test_killed_wrapper_makes_the_stage_save_and_stops_the_chain(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_wrapper_makes_the_stage_save_and_stops_the_chain(harness: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_STEP_SECONDS", "0.3")
 
     def wrapper() -> int:
@@ -154,7 +154,7 @@ def test_killed_wrapper_makes_the_stage_save_and_stops_the_chain(harness: Harnes
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_makes_the_stage_save_and_stops_the_chain(
-    harness: Harness, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+    harness: Any, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
 ) -> None:
     monkeypatch.setenv("FAKE_STEP_SECONDS", "0.3")
     metrics = harness.run_dir / "stages" / "b" / "metrics.jsonl"
@@ -170,7 +170,7 @@ def test_signal_makes_the_stage_save_and_stops_the_chain(
     assert harness.starts("a") == 1
 
 
-def test_second_signal_kills_a_stage_that_does_not_stop(harness: Harness) -> None:
+def test_second_signal_kills_a_stage_that_does_not_stop(harness: Any) -> None:
     harness.faults(b={"hang": True, "at_step": 2, "times": 1})
     metrics = harness.run_dir / "stages" / "b" / "metrics.jsonl"
 
@@ -185,7 +185,7 @@ def test_second_signal_kills_a_stage_that_does_not_stop(harness: Harness) -> Non
     assert not processes.stage_processes(harness.run_dir / "stages" / "b")
 
 
-def test_killed_launcher_leaves_a_stage_that_the_next_one_waits_for(harness: Harness) -> None:
+def test_killed_launcher_leaves_a_stage_that_the_next_one_waits_for(harness: Any) -> None:
     environment = {**os.environ, "FAKE_STEP_SECONDS": "1.0", "COLUMNS": "160"}
     drive = [sys.executable, str(Path(__file__).with_name("drive.py")), str(harness.root)]
     first = subprocess.Popen(drive, env=environment, stdout=subprocess.DEVNULL)
@@ -207,14 +207,14 @@ def test_killed_launcher_leaves_a_stage_that_the_next_one_waits_for(harness: Har
     assert [harness.starts(s) for s in STAGES] == [1, 1, 1, 1, 1]
 
 
-def test_data_that_cannot_be_prepared_starts_no_stage(harness: Harness) -> None:
+def test_data_that_cannot_be_prepared_starts_no_stage(harness: Any) -> None:
     command = (sys.executable, "-c", "import sys; print('no disk'); sys.exit(5)")
     assert harness.launch(data_command=command) == 5
     assert "[data] no disk" in harness.output
     assert harness.starts("a") == 0
 
 
-def test_from_and_to(harness: Harness) -> None:
+def test_from_and_to(harness: Any) -> None:
     assert harness.launch(last="b") == 0
     assert [harness.starts(s) for s in STAGES] == [1, 1, 0, 0, 0]
     with pytest.raises(LaunchError, match="--from c: stage 'merged' before it is not finished"):
@@ -228,9 +228,9 @@ def test_from_and_to(harness: Harness) -> None:
         Launch(recipe=harness.recipe, first="c", last="a")
 
 
-def test_changed_recipe_is_refused_with_the_keys_that_differ(harness: Harness) -> None:
+def test_changed_recipe_is_refused_with_the_keys_that_differ(harness: Any) -> None:
     assert harness.launch(last="a") == 0
-    changed = recipe_dict(harness.root, seed=2)
+    changed = harness.dict(seed=2)
     changed["optimizer"] = {**changed["optimizer"], "beta2": 0.99}
     with pytest.raises(LaunchError) as error:
         harness.launch(Recipe.model_validate(changed))
@@ -241,9 +241,9 @@ def test_changed_recipe_is_refused_with_the_keys_that_differ(harness: Harness) -
     assert (harness.root / "other" / "recipe.json").exists()
 
 
-def test_accepted_changes_touch_unfinished_stages_only(harness: Harness) -> None:
+def test_accepted_changes_touch_unfinished_stages_only(harness: Any) -> None:
     assert harness.launch(last="a") == 0
-    changed = recipe_dict(harness.root)
+    changed = harness.dict()
     changed["phase"]["b"] = {**changed["phase"]["b"], "save_interval_steps": 1}
     harness.recipe = Recipe.model_validate(changed)
     assert harness.launch(accept_changes=True) == 0
@@ -254,7 +254,7 @@ def test_accepted_changes_touch_unfinished_stages_only(harness: Harness) -> None
         harness.launch(Recipe.model_validate(changed), accept_changes=True)
 
 
-def test_handoff_of_another_recipe_is_refused(harness: Harness) -> None:
+def test_handoff_of_another_recipe_is_refused(harness: Any) -> None:
     assert harness.launch(last="a") == 0
     path = harness.run_dir / "stages" / "a" / "handoff.json"
     value = json.loads(path.read_text())
@@ -268,34 +268,34 @@ def test_handoff_of_another_recipe_is_refused(harness: Harness) -> None:
     assert harness.starts("b") == 0
 
 
-def test_stage_finished_behind_an_unfinished_one_is_refused(harness: Harness) -> None:
+def test_stage_finished_behind_an_unfinished_one_is_refused(harness: Any) -> None:
     assert harness.launch(last="b") == 0
     shutil.rmtree(harness.run_dir / "stages" / "a")
     with pytest.raises(LaunchError, match="stage 'b' is finished but 'a' before it is not"):
         harness.launch()
 
 
-def test_lock_of_a_dead_launcher_does_not_block(harness: Harness) -> None:
+def test_lock_of_a_dead_launcher_does_not_block(harness: Any) -> None:
     harness.run_dir.mkdir(parents=True)
     (harness.run_dir / "lock").write_text("process 1 on elsewhere\n")
     assert harness.launch(last="a") == 0
 
 
 @pytest.mark.parametrize("kind", ["docker", "slurm"])
-def test_other_clusters_are_refused_by_key(harness: Harness, kind: str) -> None:
-    cluster = {**recipe_dict(harness.root)["cluster"], "kind": kind}
+def test_other_clusters_are_refused_by_key(harness: Any, kind: str) -> None:
+    cluster = {**harness.dict()["cluster"], "kind": kind}
     with pytest.raises(LaunchError, match=f"cluster.kind is '{kind}'"):
-        Launch(recipe=make_recipe(harness.root, cluster=cluster))
+        Launch(recipe=Recipe.model_validate(harness.dict(cluster=cluster)))
 
 
-def test_dryrun_shows_commands_and_touches_nothing(harness: Harness) -> None:
+def test_dryrun_shows_commands_and_touches_nothing(harness: Any) -> None:
     import io
 
     from rich.console import Console
 
     stream = io.StringIO()
     console = Console(file=stream, width=200, highlight=False, markup=False)
-    launch = Launch(recipe=harness.recipe, console=console, stage_command=FAKE_STAGE)
+    launch = Launch(recipe=harness.recipe, console=console, stage_command=harness.fake_stage)
     assert launch.dryrun() == 0
     assert "--stage merged" in stream.getvalue()
     assert "OMP_NUM_THREADS=1" in stream.getvalue()
@@ -303,6 +303,6 @@ def test_dryrun_shows_commands_and_touches_nothing(harness: Harness) -> None:
 
 
 @pytest.mark.parametrize("name", ["../x", "a b", "$(touch x)", "-x", "x" * 101, ".hidden"])
-def test_run_names_that_are_no_folder_names_are_refused(harness: Harness, name: str) -> None:
+def test_run_names_that_are_no_folder_names_are_refused(harness: Any, name: str) -> None:
     with pytest.raises(LaunchError, match="run name"):
         Launch(recipe=harness.recipe, run_name=name)

@@ -1,0 +1,138 @@
+"""`quarry status` on every kind of folder that a crash can leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launchers import cli
+from launchers.journal import Journal
+from launchers.processes import started_at
+from launchers.progress import RunProgress
+from launchers.runs import RunFolder
+
+HOST = os.uname().nodename
+
+
+@pytest.fixture
+def run(harness: Any) -> RunFolder:
+    harness.run_dir.mkdir(parents=True)
+    harness.recipe.write(harness.run_dir / "recipe.json")
+    return RunFolder(harness.run_dir)
+
+
+def metrics(run: RunFolder, stage: str, steps: int, cut: str = "") -> None:
+    folder = run.stage(stage)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "step": i,
+            "stage_tokens": 32 * i,
+            "total_tokens": 32 * i,
+            "loss": 5.0 - i,
+            "seconds": 0.5,
+            "tokens_per_second": 64.0,
+            "lr": 1e-3,
+        }
+        for i in range(1, steps + 1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + cut)
+
+
+def states(run: RunFolder) -> dict[str, tuple[str, str]]:
+    progress = RunProgress(run)
+    return {s.stage: (s.state, s.reason) for s in progress.refresh()}
+
+
+def test_nothing_started(run: RunFolder) -> None:
+    assert set(states(run).values()) == {("waiting", "")}
+
+
+def test_running_stage_with_half_a_line(run: RunFolder) -> None:
+    Journal(run.journal).append("intent", stage="a", attempt=1)
+    Journal(run.journal).append(
+        "started", stage="a", attempt=1, pid=os.getpid(), process_started=started_at(os.getpid()), host=HOST
+    )
+    metrics(run, "a", 2, cut='{"step": 3, "lo')
+    progress = RunProgress(run)
+    stage = progress.refresh()[0]
+    assert (stage.state, stage.step, stage.stage_tokens, stage.loss) == ("running", 2, 64, 3.0)
+    assert stage.tokens_per_second == pytest.approx(64.0)
+    assert stage.eta_seconds == pytest.approx(1.0)  # 64 tokens left at 64 a second
+    # Three more phases' worth of tokens wait, at the same speed.
+    assert progress.eta_seconds == pytest.approx(1.0 + 2 * 128 / 64.0, abs=0.01)
+
+
+def test_dead_process_is_interrupted(run: RunFolder) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    Journal(run.journal).append("intent", stage="a", attempt=1)
+    Journal(run.journal).append("started", stage="a", attempt=1, pid=dead.pid, process_started=1.0, host=HOST)
+    assert states(run)["a"] == ("interrupted", "its job ended without a trace (killed, or the machine went down)")
+
+
+def test_process_id_that_is_used_again_is_not_the_stage(run: RunFolder) -> None:
+    Journal(run.journal).append("intent", stage="a", attempt=1)
+    Journal(run.journal).append("started", stage="a", attempt=1, pid=os.getpid(), process_started=1.0, host=HOST)
+    assert states(run)["a"][0] == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "state"),
+    [
+        (1, "failed with exit code 1", "failed"),
+        (75, "saved", "interrupted"),
+        (-15, "killed by SIGTERM after SIGTERM", "interrupted"),
+    ],
+)
+def test_ended_badly(run: RunFolder, code: int, reason: str, state: str) -> None:
+    journal = Journal(run.journal)
+    journal.append("intent", stage="a", attempt=1)
+    journal.append("outcome", stage="a", attempt=1, exit_code=code, reason=reason, seconds=2.0)
+    assert states(run)["a"] == (state, reason)
+    assert cli.main(["status", str(run.path)]) == 1
+
+
+def test_finished_run_and_its_times(harness: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert harness.launch() == 0
+    progress = RunProgress(RunFolder(harness.run_dir))
+    progress.refresh()
+    assert progress.state == "finished"
+    for stage in progress.stages:
+        assert stage.wall_seconds > 0
+        assert stage.wall_seconds >= stage.startup_seconds + stage.training_seconds - 1e-6 or stage.kind != "phase"
+    assert cli.main(["status", str(harness.run_dir)]) == 0
+    printed = capsys.readouterr().out
+    assert "✓ finished" in printed
+    assert "4/4" in printed
+
+
+def test_list_of_runs(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    (run.path.parent / "broken").mkdir()
+    (run.path.parent / "broken" / "recipe.json").write_text("{}")
+    assert cli.main(["status", "--runs-root", str(run.path.parent)]) == 0
+    printed = capsys.readouterr().out
+    assert run.name in printed
+    assert "unreadable" in printed
+    assert cli.main(["status", "--runs-root", str(run.path / "nothing")]) == 0
+    assert "no runs under" in capsys.readouterr().out
+
+
+def test_unknown_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["status", "x", "--runs-root", str(tmp_path)]) == 2
+    assert "no run 'x'" in capsys.readouterr().err
+
+
+def test_cut_journal_is_said(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    Journal(run.journal).append("intent", stage="a", attempt=1)
+    with open(run.journal, "ab") as f:
+        f.write(b'{"event": "out')
+    Journal(run.journal).append("outcome", stage="a", attempt=1, exit_code=1, reason="r", seconds=1.0)
+    assert cli.main(["status", str(run.path)]) == 1
+    assert "1 lines that a crash cut were left out" in capsys.readouterr().out
