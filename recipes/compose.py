@@ -9,18 +9,24 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from recipes.schema import Recipe, RecipeError, describe
 
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
 TREE = Path(__file__).resolve().parent
 """The published tree."""
 PRIMARY = "recipe"
+_config_dirs: ContextVar[tuple[Path, ...]] = ContextVar("_config_dirs", default=())
 
 
 def compose(overrides: Sequence[str] = (), config_dirs: Iterable[Path | str] = ()) -> Recipe:
@@ -83,7 +89,7 @@ def _container(overrides: Sequence[str], config_dirs: list[Path]) -> dict[str, A
 
 
 @contextmanager
-def _composed(overrides: Sequence[str], config_dirs: list[Path]):
+def _composed(overrides: Sequence[str], config_dirs: list[Path]) -> Iterator[DictConfig]:
     """Yield the DictConfig of the composed recipe, with Hydra's global state as it was before."""
     import hydra
     import yaml
@@ -91,29 +97,26 @@ def _composed(overrides: Sequence[str], config_dirs: list[Path]):
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    roots = []
+    folders = []
     for folder in config_dirs:
         if not folder.is_dir():
             raise RecipeError(
                 f"--config-dir {folder}: no such folder; it holds groups as the recipes tree does, e.g. mixture/mine.yaml"
             )
-        roots.append(folder.resolve())
-    roots.append(TREE)
-    search_path = ", ".join("'file://" + str(root).replace("\\", "\\\\").replace("'", "\\'") + "'" for root in roots[1:])
-    all_overrides = [*overrides, *([f"hydra.searchpath=[{search_path}]"] if search_path else [])]
+        folders.append(folder.resolve())
+    _register_search_path_plugin()
+    token = _config_dirs.set(tuple(folders))
     try:
-        with hydra.initialize_config_dir(str(roots[0]), version_base="1.3", job_name="quarry"):
-            config = hydra.compose(PRIMARY, all_overrides, return_hydra_config=True)
+        with hydra.initialize_config_dir(str(TREE), version_base="1.3", job_name="quarry"):
+            config = hydra.compose(PRIMARY, list(overrides), return_hydra_config=True)
             choice = OmegaConf.select(config, "hydra.runtime.choices.precision")
             OmegaConf.set_struct(config, False)
             del config["hydra"]
-            if choice is not None:
-                untouched = hydra.compose(f"precision/{choice}", all_overrides[len(overrides) :])
-                if config.get("precision") != untouched.get("precision"):
-                    raise RecipeError(
-                        "precision: its values were changed for the whole curriculum, but each phase has its own copy of them; "
-                        "set phase.NAME.precision.KEY, or write a file precision/NAME.yaml in a folder of yours (--config-dir)"
-                    )
+            if choice is not None and config.get("precision") != hydra.compose(f"precision/{choice}").get("precision"):
+                raise RecipeError(
+                    "precision: its values were changed for the whole curriculum, but each phase has its own copy of them; "
+                    "set phase.NAME.precision.KEY, or write a file precision/NAME.yaml in a folder of yours (--config-dir)"
+                )
             yield config
     except HydraException as error:
         raise RecipeError(_explain_hydra(error, overrides, config_dirs)) from None
@@ -121,6 +124,27 @@ def _composed(overrides: Sequence[str], config_dirs: list[Path]):
         raise RecipeError(f"not valid YAML: {error}") from None
     except OmegaConfBaseException as error:
         raise RecipeError(f"{error.full_key or 'recipe'}: {error.msg or error}") from None
+    finally:
+        _config_dirs.reset(token)
+
+
+@cache
+def _register_search_path_plugin() -> None:
+    """Let Hydra ask for the folders of `_config_dirs` whenever it builds its search path.
+
+    hydra.searchpath, the other way, looks for the primary config in one folder only and puts the rest behind it, so that a folder
+    could add files but not shadow any.
+    """
+    from hydra.core.config_search_path import ConfigSearchPath
+    from hydra.core.plugins import Plugins
+    from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+    class ConfigDirs(SearchPathPlugin):
+        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+            for folder in reversed(_config_dirs.get()):
+                search_path.prepend(provider="config-dir", path=f"file://{folder}")
+
+    Plugins.instance().register(ConfigDirs)
 
 
 def _nearest(wrong: str, known: Iterable[str]) -> str:
