@@ -29,6 +29,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils._device
 
 MEMORY_BYTES = 8 << 30
 """What the pretended device reports as its memory; Megatron prints it and decides nothing by it."""
@@ -257,6 +258,9 @@ def _patch_cuda() -> None:
 
 
 def _patch_tensors() -> None:
+    # torch caches the set of factories that `with torch.device(...)` redirects. It must hold the originals, which the replacements
+    # call; otherwise such a block would do nothing from here on, and a model built on the meta device would be allocated.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for name in _TENSOR_FACTORIES:

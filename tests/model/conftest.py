@@ -57,8 +57,10 @@ class Workspace:
         """Run `jobs` (fields of rank_worker.Job) one after the other, in one process tree."""
         (self.folder / "jobs.json").write_text(json.dumps(jobs))
         command = [sys.executable, "-W", "ignore", "-m", "tests.model.rank_worker", str(self.folder)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])  # fmt: skip
+            command, env=environment, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
+        )
         assert done.returncode == 0, done.stderr[-6000:]
 
     def load(self, name: str) -> Any:
@@ -125,8 +127,11 @@ def ranks(workspace: Workspace, families: dict[str, Family]) -> Workspace:
         for layout, fields in LAYOUTS.items():
             if family == "3b" or layout == "one" or (family == "untied" and layout == "pp2"):
                 name = f"{family}.{layout}"
-                jobs.append({
-                    "name": name, "model": made.model.model_dump(mode="json"), "load": str(made.checkpoint), "logits": True,
-                    "gradients": layout in WITH_GRADIENTS and family == "3b", "save": str(workspace.folder / f"saved-{name}"), **fields})  # fmt: skip
+                job = {"name": name, "model": made.model.model_dump(mode="json"), "load": str(made.checkpoint), "logits": True}
+                job |= {
+                    "gradients": layout in WITH_GRADIENTS and family == "3b",
+                    "save": str(workspace.folder / f"saved-{name}"),
+                }
+                jobs.append(job | fields)
     workspace.run(jobs)
     return workspace

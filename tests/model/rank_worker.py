@@ -163,7 +163,7 @@ def run(job: Job, folder: Path) -> None:
             else iter([values] * common["num_microbatches"])
         )
 
-    rank = f"{parallel_state.get_tensor_model_parallel_rank()}{parallel_state.get_pipeline_model_parallel_rank()}{parallel_state.get_context_parallel_rank()}"
+    rank = f"{groups.tp.rank()}{groups.pp.rank()}{groups.cp.rank()}"
     if job.logits:
         for c in ddp:
             c.eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from tests.model.conftest import FAMILIES, LAYOUTS, Family, Workspace
 
 pytestmark = pytest.mark.multirank

@@ -59,6 +59,22 @@ def test_every_way_to_a_cuda_tensor_gives_a_cpu_tensor() -> None:
     assert torch.empty(1, device="meta").device.type == "meta"
 
 
+def test_a_default_device_still_redirects_factories() -> None:
+    with torch.device("meta"):
+        made = [
+            torch.empty(2),
+            torch.arange(3),
+            torch.rand(2),
+            torch.tensor([1.0]),
+            torch.full((2,), 1.0),
+            torch.nn.Linear(2, 2).weight,
+        ]
+        on_cuda = torch.zeros(2, device="cuda")
+    assert [t.device.type for t in made] == ["meta"] * len(made)
+    assert on_cuda.device.type == "cpu"
+    assert torch.empty(1).device.type == "cpu"
+
+
 def test_types_name_cuda_for_the_optimizers_gate_and_still_convert() -> None:
     assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
     assert torch.zeros(1, dtype=torch.bfloat16).type() == "torch.cuda.BFloat16Tensor"
