@@ -99,7 +99,8 @@ class Launch:
             return None
         old = Recipe.read(self.run.recipe)
         finished = {s for s in old.stages if (self.run.stage(s) / "handoff.json").exists()}
-        return [str(d) for d in check_change(self.run, old, self.recipe, finished, accept=self.accept_changes)]
+        begun = any((self.run.path / "stages").glob("*"))  # before the first stage there is nothing that a change could spoil
+        return [str(d) for d in check_change(self.run, old, self.recipe, finished, accept=self.accept_changes or not begun)]
 
     def _finished(self, journal: Journal, changes: list[str] | None) -> set[str]:
         if changes is None:
@@ -117,6 +118,8 @@ class Launch:
 
     def _run(self, todo: list[str], changes: list[str] | None) -> int:
         if changes is None or changes:
+            for change in changes or []:
+                self.console.print(f"recipe changed: {change}")
             self.recipe.write(self.run.recipe)
             self.journal.append("run", format=JOURNAL_FORMAT, recipe_digest=self.recipe.digest(), changes=changes or [])
         self.journal.append(
@@ -138,6 +141,9 @@ class Launch:
                 if code == 0:
                     with View(self.progress, self.console) as self.view:
                         code, reason = self._run_stages(jobs, todo)
+        except LaunchError as error:
+            reason = str(error)
+            raise
         finally:
             jobs.close()
             self.journal.append("end", exit_code=code, reason=reason)
@@ -191,6 +197,7 @@ class Launch:
         stage = job.stage
         step_before = checkpoint_step(job)
         attempt = self._wait_for_strays(job)
+        attached = attempt is not None
         if attempt is not None:
             code, reason = self._outcome(stage, attempt)
         else:
@@ -218,6 +225,7 @@ class Launch:
             step_after=checkpoint_step(job),
             starts=starts,
             stop_signal=self.signals.received,
+            attached=attached,
         )
         self.journal.append("decision", stage=stage, attempt=attempt, decision=decision.action, reason=decision.reason)
         return decision

@@ -35,18 +35,21 @@ def decide(
     step_after: int,
     starts: int,
     stop_signal: int | None,
+    attached: bool = False,
 ) -> Decision:
     """The policy of the local chain.
 
     `exit_code` is the stage command's (negative: ended by that signal; None: unknown, its job ended without a trace); `step_*` are the
     steps of its last whole checkpoint; `starts` counts this launcher's starts of the stage; `stop_signal` is set when the launcher was
-    asked to stop.
+    asked to stop; `attached` when this launcher only waited for a job that an earlier one had started.
     """
     if handed_off and exit_code in (EXIT_FINISHED, None) and stop_signal is None:
         return Decision("next", "finished")
     if stop_signal is not None:
         ended = "finished" if handed_off else f"saved at step {step_after}" if exit_code == EXIT_SAVED else reason
         return Decision("stop", f"the launcher was asked to stop; the stage {ended}", SAME_COMMAND, 128 + stop_signal)
+    if attached and exit_code in (EXIT_SAVED, None):
+        return Decision("again", "the job of an earlier launcher has ended; starting the stage from its last checkpoint")
     if exit_code == EXIT_FINISHED:
         return Decision(
             "stop",

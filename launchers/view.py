@@ -82,6 +82,7 @@ class View:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         if self._live:
             self._render()
+            self._live.transient = self.progress.state == "finished"  # the summary says it all again
             self._live.stop()
 
     def say(self, message: str, style: str | None = None) -> None:

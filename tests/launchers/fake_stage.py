@@ -1,6 +1,7 @@
 """A stage command that honours the contract of training.stage (files, exit codes, signals) without training: milliseconds a step.
 
-It reads its faults from RUN_DIR/faults.json: {STAGE: {"exit": 75|78|1, "at_step": 3, "times": 1, "hang": true, "no_handoff": true}},
+It reads its faults from RUN_DIR/faults.json:
+{STAGE: {"exit": 75|78|1, "at_step": 3, "times": 1, "hang": true, "no_handoff": true, "save_seconds": 2}}
 and counts its starts in STAGE_DIR/starts.
 """
 
@@ -98,6 +99,7 @@ def train(args, recipe, stage_dir: Path, phase: dict, before: int, fault: dict, 
         f.write(json.dumps({"when": "start", "step": 0, "total_tokens": before, "losses": {"web": 6.1, "code": 5.1}}) + "\n")
     while step < phase["steps"]:
         if stop:
+            time.sleep(fault.get("save_seconds", 0))
             save()
             return -75, None
         if fault.get("hang") and step == fault.get("at_step"):

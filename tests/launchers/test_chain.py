@@ -207,6 +207,27 @@ def test_killed_launcher_leaves_a_stage_that_the_next_one_waits_for(harness: Any
     assert [harness.starts(s) for s in STAGES] == [1, 1, 1, 1, 1]
 
 
+def test_stage_that_still_saves_without_launcher_and_wrapper_is_waited_for(harness: Any) -> None:
+    harness.faults(a={"save_seconds": 2.0, "times": 1})
+    environment = {**os.environ, "FAKE_STEP_SECONDS": "0.5"}
+    drive = [sys.executable, str(Path(__file__).with_name("drive.py")), str(harness.root)]
+    first = subprocess.Popen(drive, env=environment, stdout=subprocess.DEVNULL)
+    metrics = harness.run_dir / "stages" / "a" / "metrics.jsonl"
+    try:
+        eventually(lambda: metrics.exists() and metrics.read_text().count("\n") >= 1, "the first step", 60)
+    finally:
+        first.kill()
+        first.wait()
+    started = harness.journal(event="started", stage="a")[0]
+    os.kill(started["pid"], signal.SIGKILL)
+    eventually(lambda: not processes.is_alive(started["pid"], started["process_started"]), "the wrapper's end")
+    assert harness.launch() == 0
+    assert "still runs" in harness.output
+    assert harness.starts("a") == 2
+    assert harness.steps("a") == [1, 2, 3, 4]
+    assert [row["decision"] for row in harness.journal(event="decision", stage="a")] == ["again", "next"]
+
+
 def test_data_that_cannot_be_prepared_starts_no_stage(harness: Any) -> None:
     command = (sys.executable, "-c", "import sys; print('no disk'); sys.exit(5)")
     assert harness.launch(data_command=command) == 5
@@ -239,6 +260,13 @@ def test_changed_recipe_is_refused_with_the_keys_that_differ(harness: Any) -> No
     assert "--run NAME" in str(error.value)
     assert harness.launch(Recipe.model_validate(changed), run_name="other", last="a") == 0
     assert (harness.root / "other" / "recipe.json").exists()
+
+
+def test_recipe_may_change_before_the_first_stage(harness: Any) -> None:
+    failing = (sys.executable, "-c", "import sys; sys.exit(1)")
+    assert harness.launch(data_command=failing) == 1
+    assert harness.launch(Recipe.model_validate(harness.dict(seed=2)), last="a") == 0
+    assert "recipe changed: seed: 1 -> 2" in harness.output
 
 
 def test_accepted_changes_touch_unfinished_stages_only(harness: Any) -> None:
