@@ -45,7 +45,7 @@ def run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, train
     from megatron.training.arguments import parse_and_validate_args
 
     import model.builder
-    from data_prep.manifest import HeldoutManifest, MixtureManifest
+    from data_prep.manifest import HeldoutManifest, MixtureManifest, heldout_path, mixture_path
     from training import data, heldout, token_ids
     from training.forward import forward_step
     from training.hooks import PhaseHooks
@@ -53,8 +53,8 @@ def run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, train
     phase = recipe.phase[stage]
     stage_dir = run_dir / "stages" / stage
     data_root = Path(recipe.data.root)
-    mixture = MixtureManifest.read(data_root / "views" / stage / "manifest.json")
-    heldout_manifest = HeldoutManifest.read(data_root / "heldout" / "manifest.json")
+    mixture = MixtureManifest.read(mixture_path(data_root, stage))
+    heldout_manifest = HeldoutManifest.read(heldout_path(data_root))
     first_start = load is None or not load.resume
     previous_stage = recipe.previous(stage)
     previous = Handoff.read(run_dir / "stages" / previous_stage) if previous_stage else None

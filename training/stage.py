@@ -66,7 +66,7 @@ def refuse(error: Exception) -> int:
 
 
 def run_phase(recipe: Recipe, stage: str, run_dir: Path) -> int:
-    from data_prep.manifest import DataError, HeldoutManifest, MixtureManifest
+    from data_prep.manifest import DataError, HeldoutManifest, MixtureManifest, heldout_path, mixture_path
     from training.handoff import Refused, resolve, write_start
     from training.pretrain import write_model_json
 
@@ -75,8 +75,8 @@ def run_phase(recipe: Recipe, stage: str, run_dir: Path) -> int:
     data_root = Path(recipe.data.root)
     began = time.monotonic()
     try:
-        mixture = MixtureManifest.read(data_root / "views" / stage / "manifest.json")
-        heldout = HeldoutManifest.read(data_root / "heldout" / "manifest.json")
+        mixture = MixtureManifest.read(mixture_path(data_root, stage))
+        heldout = HeldoutManifest.read(heldout_path(data_root))
         decision = resolve(recipe, stage, run_dir, mixture, heldout)
     except (DataError, Refused, RecipeError) as error:
         return refuse(error)

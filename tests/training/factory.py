@@ -1,6 +1,5 @@
 """A run of two small phases on generated token data, for tests that start real ranks."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,6 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.files import file_sha256, record_file
+from data_prep.indexed import Writer, bin_path, idx_path
+from data_prep.manifest import (
+    HeldoutManifest,
+    HeldoutSet,
+    MixtureManifest,
+    TokenizerRecord,
+    ViewSource,
+    heldout_path,
+    mixture_path,
+)
 from recipes.schema import Recipe
 
 STEPS = 20
@@ -69,7 +79,7 @@ def make_recipe(data_root, layout, layout_name, **second_phase):
             "data": {
                 "name": "generated",
                 "root": str(data_root),
-                "sources": {s: {"category": s, "kind": "indexed", "paths": [s]} for s in ("web", "code")},
+                "sources": {s: {"category": s, "kind": "indexed", "paths": [s]} for s in ("code", "web")},
                 "tokenizer": {"kind": "sentencepiece", "vocab_size": VOCAB_SIZE},
                 "heldout_percent": 1.0,
                 "heldout_max_tokens": 4096,
@@ -92,39 +102,63 @@ def documents(seed, count):
 
 def make_data(root):
     """Views of both phases and held-out sets below `root`, with their manifests."""
-    import torch
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     def write(prefix, seed, count):
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        b = IndexedDatasetBuilder(str(prefix) + ".bin", dtype=np.uint16)
-        for d in documents(seed, count):
-            b.add_document(torch.from_numpy(d.astype(np.int64)), [len(d)])
-        b.finalize(str(prefix) + ".idx")
+        (root / prefix).parent.mkdir(parents=True, exist_ok=True)
+        with Writer(root / prefix, VOCAB_SIZE) as writer:
+            for document in documents(seed, count):
+                writer.add(document)
+        return {
+            "prefix": prefix,
+            "documents": count,
+            "max_token_id": writer.max_token_id,
+            "dtype": "uint16",
+            "bin": record_file(bin_path(root / prefix)),
+            "idx": record_file(idx_path(root / prefix)),
+        }, sum(writer.lengths)
 
-    tok = dict(kind="sentencepiece", path="tok", sha256="t" * 64, vocab_size=256, eod_id=255)
-    for i, c in enumerate(("web", "code")):
-        write(root / "heldout" / c, i, 40)
-    (root / "heldout/manifest.json").write_text(
-        json.dumps(dict(seq_length_tokens=64, categories={c: dict(prefix=f"heldout/{c}") for c in ("web", "code")}, digest="h"))
+    (root / "tokenizer").mkdir(parents=True)
+    (root / "tokenizer" / "tokenizer.model").write_bytes(b"no text is encoded here")
+    tokenizer = TokenizerRecord(
+        kind="sentencepiece",
+        path="tokenizer/tokenizer.model",
+        sha256=file_sha256(root / "tokenizer" / "tokenizer.model"),
+        vocab_size=VOCAB_SIZE,
+        eod_id=VOCAB_SIZE - 1,
     )
-    for k, (name, numbers) in enumerate((("first", FIRST), ("second", SECOND))):
-        for i, c in enumerate(("web", "code")):
-            write(root / "views" / name / c, 10 + 2 * k + i, 300)
-        (root / "views" / name / "manifest.json").write_text(
-            json.dumps(
-                dict(
-                    phase=name,
-                    seq_length_tokens=numbers["seq_length_tokens"],
-                    samples=numbers["steps"] * numbers["global_batch_samples"],
-                    tokenizer=tok,
-                    digest="m" + name,
-                    sources={
-                        c: dict(category=c, prefix=f"views/{name}/{c}", weight=SHARES[name][c] / 100) for c in ("web", "code")
-                    },
-                )
+    categories = {}
+    for seed, category in enumerate(("web", "code")):
+        files, tokens = write(f"heldout/{category}", seed, 40)
+        categories[category] = HeldoutSet(**files, tokens=tokens)
+    HeldoutManifest.make(seq_length_tokens=64, inputs="0" * 64, tokenizer=tokenizer, categories=categories).write(
+        heldout_path(root)
+    )
+    for number, (name, numbers) in enumerate((("first", FIRST), ("second", SECOND))):
+        samples = numbers["steps"] * numbers["global_batch_samples"]
+        sources = {}
+        for seed, category in enumerate(("code", "web")):
+            files, tokens = write(f"views/{name}/{category}", 10 + 2 * number + seed, 300)
+            share = SHARES[name][category]
+            sources[category] = ViewSource(
+                **files,
+                category=category,
+                share_percent=share,
+                weight=share / 100,
+                tokens_available=tokens,
+                tokens_planned=round(samples * numbers["seq_length_tokens"] * share / 100),
+                epochs=1.0,
             )
-        )
+        MixtureManifest.make(
+            phase=name,
+            seed=7,
+            seq_length_tokens=numbers["seq_length_tokens"],
+            samples=samples,
+            tokens=samples * numbers["seq_length_tokens"],
+            recipe={},
+            inputs="0" * 64,
+            tokenizer=tokenizer,
+            sources=sources,
+        ).write(mixture_path(root, name))
 
 
 def start(run, stage):

@@ -166,6 +166,23 @@ def test_handoff_keeps_weights_and_moments_bit_for_bit(base):
             assert tensor.abs().max() > 0, f"{key} is zero: this proves nothing"
 
 
+@pytest.mark.parametrize("victim", ["code.bin", "web.idx"])
+def test_altered_data_is_refused(base, victim, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(base / "data", data)
+    run = _made(tmp_path / "run")
+    shutil.copytree(base / "base" / "stages" / "first", run / "stages" / "first")
+    make_recipe(data, LAYOUTS["single"], "single").write(run / "recipe.json")
+    path = data / "views" / "second" / victim
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert start_stage(run, "second") == 78
+    log = (run / "log.txt").read_text()
+    assert victim in log
+    assert "the content was altered or swapped; prepare it again with `quarry prep`" in log
+
+
 def test_the_gate_notices_a_model_that_is_not_the_one_handed_off(base):
     run = fork_run(base, "gate", "single")
     path = run / "stages" / "first" / "handoff.json"
