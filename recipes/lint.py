@@ -140,7 +140,7 @@ def rope_rules(recipe: Recipe, stage: str, phase: Phase) -> Iterator[Problem]:
     if before and phase.rope_base < recipe.phase[before].rope_base:
         longer = phase.seq_length_tokens > recipe.phase[before].seq_length_tokens
         rule = f"falls from {recipe.phase[before].rope_base:g} in {before}{' while the length grows' * longer}: positions learned there break"
-        yield Problem(key, f"{phase.rope_base:g}", rule, f"set {key}={recipe.phase[before].rope_base:g} or higher")
+        yield Problem(key, f"{phase.rope_base:g}", rule, f"set {key}={recipe.phase[before].rope_base:.0f} or higher")
 
 
 def mixture_rules(recipe: Recipe, stage: str, phase: Phase) -> Iterator[Problem]:

@@ -154,23 +154,23 @@ def mixture_table(recipe: Recipe) -> Table:
     from rich import box
     from rich.table import Table
 
-    mixtures: dict[str, dict[str, float]] = {}
+    columns: list[tuple[str, dict[str, float], list[str]]] = []
     for stage in recipe.stages:
         if stage in recipe.phase:
             mixture = recipe.phase[stage].mixture
-            # Two phases may change the same mixture in different ways; then each gets a column of its own.
-            name = (
-                mixture.name
-                if mixtures.get(mixture.name, mixture.shares_percent) == mixture.shares_percent
-                else f"{mixture.name} ({stage})"
-            )
-            mixtures[name] = mixture.shares_percent
+            same = [stages for name, shares, stages in columns if (name, shares) == (mixture.name, mixture.shares_percent)]
+            if same:
+                same[0].append(stage)
+            else:
+                columns.append((mixture.name, mixture.shares_percent, [stage]))
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, header_style="bold")
     table.add_column("percent of tokens")
-    for name in mixtures:
-        table.add_column(name, justify="right")
+    names = [name for name, _, _ in columns]
+    for name, _, stages in columns:
+        # Phases may change a mixture in different ways; then its columns say whose they are.
+        table.add_column(name if names.count(name) == 1 else f"{name}\nin {', '.join(stages)}", justify="right")
     for category in categories(recipe):
-        shares = [m.get(category, 0) for m in mixtures.values()]
+        shares = [m.get(category, 0) for _, m, _ in columns]
         table.add_row(category, *(f"{round(s, 2):g}" if s else "[dim]·[/]" for s in shares))
     return table
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -35,7 +36,9 @@ def test_exponential_is_lm_engines_form() -> None:
     a, b = (1 - ratio) * math.e / (math.e - 1), (ratio * math.e - 1) / (math.e - 1)
     for share in (0.0, 0.1, 0.25, 0.5, 0.75, 0.999, 1.0):
         expected = start * (a * math.exp(-share) + b)
-        assert exponential(share * horizon, horizon_tokens=horizon, start_lr=start, end_lr=end) == pytest.approx(expected, rel=1e-12)
+        assert exponential(share * horizon, horizon_tokens=horizon, start_lr=start, end_lr=end) == pytest.approx(
+            expected, rel=1e-12
+        )
 
 
 def test_exponential_to_zero_at_half_way_is_0_378_not_megatrons_0_414() -> None:
@@ -88,7 +91,7 @@ def test_warmup_of_a_low_power_law_aims_at_the_law_not_at_the_cap(smoke: Recipe,
 def test_the_curriculum_has_no_jump(name: str, request: pytest.FixtureRequest) -> None:
     recipe = request.getfixturevalue(name)
     phases = [s for s in recipe.stages if s in recipe.phase]
-    for before, after in zip(phases, phases[1:], strict=False):
+    for before, after in itertools.pairwise(phases):
         last = learning_rate(recipe, before, recipe.phase[before].tokens)
         assert learning_rate(recipe, after, 0) == pytest.approx(last, rel=1e-12), after
     assert first_peak_last(recipe, phases[-1])[2] == 0
