@@ -1,0 +1,31 @@
+"""`python -m data_prep --recipe recipe.json`: prepares the data of a resolved recipe; what a job or the launcher starts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from data_prep.errors import DataError
+from data_prep.prepare import prepare
+from data_prep.progress import Shown
+from recipes.schema import Recipe, RecipeError
+
+EXIT_REFUSED = 78
+"""Configuration or data that a person has to change (as the stages use it)."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m data_prep", description="Prepare the data of a resolved recipe.")
+    parser.add_argument("--recipe", type=Path, required=True, help="recipe.json as `quarry launch` writes it")
+    args = parser.parse_args(arguments)
+    try:
+        prepare(Recipe.read(args.recipe), progress=Shown())
+    except (DataError, RecipeError) as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

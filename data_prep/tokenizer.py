@@ -1,0 +1,277 @@
+"""One small interface over SentencePiece models and Hugging Face tokenizers, and the training of a SentencePiece model.
+
+Control tokens (end of text, roles) never come out of a document's text: a document that spells `<|end_of_text|>` gets ordinary pieces.
+They enter training data only where code puts them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from data_prep.errors import DataError
+from data_prep.files import file_sha256, write_bytes
+
+UNKNOWN, BEGIN, END, PAD = "<unk>", "<|start_of_text|>", "<|end_of_text|>", "<pad>"
+ROLES = ("<|start_of_role|>", "<|end_of_role|>")
+"""Granite's chat markers; part of vocabularies that have room for them."""
+ROLES_FROM_VOCAB = 1024
+BYTES = 256
+SAMPLE_DOCUMENT_CHARS = 16_000
+"""Of one document at most this much goes into the training sample, so that a few long ones do not fill it."""
+HF_END_CANDIDATES = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>")
+HF_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+            "vocab.json", "merges.txt")  # fmt: skip
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    kind: str
+    """sentencepiece or huggingface"""
+    path: Path
+    """The .model file, or the folder with tokenizer.json."""
+    vocab_size: int
+    eod_id: int
+    """Appended to every document."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_batch(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
+        """Ids of each text, int32 [length], no id appended."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the file that defines the ids."""
+        ...
+
+    @property
+    def special_ids(self) -> dict[str, int]: ...
+
+    def files(self) -> list[Path]:
+        """Files that have to be copied with the tokenizer."""
+        ...
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece .model. decode(encode(x)) == x for models trained here and text without U+2581 (which reads back as a space)."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, path: Path) -> None:
+        import sentencepiece
+
+        if not path.is_file():
+            raise DataError(
+                f"{path}: no such SentencePiece model; set data.tokenizer.path to a .model file, or to null to train one"
+            )
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except RuntimeError as error:
+            raise DataError(f"{path}: not a SentencePiece model ({error}); set data.tokenizer.path to a .model file") from None
+        self.path = path
+        self.vocab_size = self.processor.vocab_size()
+        self.eod_id = self.processor.eos_id()
+        if self.eod_id < 0:
+            raise DataError(f"{path}: the model has no end-of-sentence piece to end documents with; train it with eos_id set")
+
+    def encode(self, text: str) -> list[int]:
+        return self.processor.encode(text)
+
+    def encode_batch(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
+        return [np.array(ids, dtype=np.int32) for ids in self.processor.encode(list(texts), num_threads=threads)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.processor.decode([int(i) for i in ids])
+
+    @property
+    def digest(self) -> str:
+        return file_sha256(self.path)
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        return {
+            self.processor.id_to_piece(i): i
+            for i in range(self.vocab_size)
+            if self.processor.is_control(i) or self.processor.is_unknown(i)
+        }
+
+    def files(self) -> list[Path]:
+        return [self.path]
+
+
+class HuggingFaceTokenizer:
+    """A folder with tokenizer.json (or that file), read by the `tokenizers` library; special tokens in text stay text."""
+
+    kind = "huggingface"
+
+    def __init__(self, path: Path) -> None:
+        import tokenizers
+
+        self.path = path.parent if path.name == "tokenizer.json" else path
+        file = self.path / "tokenizer.json"
+        # A missing path must not be looked up as a model's name on a hub.
+        if not file.is_file():
+            raise DataError(f"{file}: no such file; set data.tokenizer.path to a folder with a tokenizer.json")
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"{file}: not a tokenizer of the `tokenizers` library ({error})") from None
+        self.tokenizer.encode_special_tokens = True
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.vocab_size = self.tokenizer.get_vocab_size(with_added_tokens=True)
+        self.eod_id = self._end_of_document()
+
+    def _end_of_document(self) -> int:
+        config = self.path / "tokenizer_config.json"
+        names: list[str] = []
+        if config.is_file():
+            token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            names = [token] if token else []
+        for name in [*names, *HF_END_CANDIDATES]:
+            found = self.tokenizer.token_to_id(name)
+            if found is not None:
+                return found
+        raise DataError(
+            f"{self.path}: no token that ends documents: tokenizer_config.json names no eos_token, and none of {', '.join(HF_END_CANDIDATES)} "
+            "is in the vocabulary; add eos_token to tokenizer_config.json"
+        )
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
+        # The library's threads follow RAYON_NUM_THREADS, read once per process; `threads` cannot be handed to it.
+        return [
+            np.array(e.ids, dtype=np.int32) for e in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    @property
+    def digest(self) -> str:
+        return file_sha256(self.path / "tokenizer.json")
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        return {
+            token.content: number
+            for number, token in sorted(self.tokenizer.get_added_tokens_decoder().items())
+            if token.special
+        }
+
+    def files(self) -> list[Path]:
+        return [self.path / name for name in HF_FILES if (self.path / name).is_file()]
+
+
+def load_tokenizer(path: Path, kind: str | None = None) -> Tokenizer:
+    """The tokenizer at `path`: a SentencePiece .model file, or a folder with tokenizer.json (or that file).
+
+    `kind` ('sentencepiece' or 'huggingface') refuses the other one; None takes what the path is.
+    """
+    found = "huggingface" if path.is_dir() or path.name == "tokenizer.json" else "sentencepiece"
+    if kind not in (None, found):
+        raise DataError(f"{path} looks like a {found} tokenizer, data.tokenizer.kind says {kind}; change the one or the other")
+    return SentencePieceTokenizer(path) if found == "sentencepiece" else HuggingFaceTokenizer(path)
+
+
+def sample(documents: Iterable[str], max_bytes: int) -> Iterator[str]:
+    """Documents, each cut to SAMPLE_DOCUMENT_CHARS, up to `max_bytes` of UTF-8 in all."""
+    total = 0
+    for text in documents:
+        text = text[:SAMPLE_DOCUMENT_CHARS]
+        total += len(text.encode())
+        if total > max_bytes:
+            return
+        yield text
+
+
+def train(texts: Sequence[str], vocab_size: int, destination: Path) -> None:
+    """Train a byte-fallback BPE model on `texts` and write it to `destination`, atomically; the same texts give the same bytes.
+
+    No normalisation at all: identity, no dummy prefix, white space kept, so that code survives. Line breaks may be inside of
+    pieces. Characters get pieces of their own while they fit into a quarter of the vocabulary, most frequent first; the rest are bytes.
+    """
+    import sentencepiece
+
+    control = list(ROLES) if vocab_size >= ROLES_FROM_VOCAB else []
+    reserved = BYTES + 4 + len(control)
+    if vocab_size < reserved + 64:
+        raise DataError(
+            f"data.tokenizer.vocab_size is {vocab_size}: 256 bytes and {reserved - BYTES} special tokens leave too little; "
+            f"use at least {reserved + 64}"
+        )
+    # SentencePiece drops a sentence with a tab, and joins nothing over a NUL: cut there. Tabs get their piece by required_chars.
+    pieces = [part for text in texts for part in text.replace("\0", "\t").split("\t") if part]
+    if not pieces:
+        raise DataError(
+            "there is no text to train the tokenizer on: the sources of the first phase are empty; check data.sources"
+        )
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(pieces),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        required_chars="\t",
+        character_coverage=_coverage(pieces, max(64, (vocab_size - reserved) // 4)),
+        max_sentence_length=1 << 30,
+        control_symbols=control,
+        unk_id=0, bos_id=1, eos_id=2, pad_id=3,
+        unk_piece=UNKNOWN, bos_piece=BEGIN, eos_piece=END, pad_piece=PAD,
+        num_threads=1,  # more threads do not change the result, one makes that plain
+        minloglevel=2,
+    )  # fmt: skip
+    write_bytes(destination, model.getvalue())
+
+
+def _coverage(texts: Sequence[str], characters: int) -> float:
+    """The share of all characters that the `characters` most frequent ones make up (SentencePiece's character_coverage)."""
+    from collections import Counter
+
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    ordered = sorted(counts.values(), reverse=True)
+    if len(ordered) <= characters:
+        return 1.0
+    return min(1.0, sum(ordered[:characters]) / sum(ordered))
+
+
+def sample_digest(texts: Sequence[str], vocab_size: int) -> str:
+    """Digest of what `train` would be given."""
+    digest = hashlib.sha256(str(vocab_size).encode())
+    for text in texts:
+        content = text.encode()
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
+
+
+def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write what transformers.AutoTokenizer loads; see data_prep.hf_tokenizer for what equality holds."""
+    from data_prep import hf_tokenizer
+
+    hf_tokenizer.write(tokenizer, folder)
+
+
+def describe(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a manifest or a model.json records of a tokenizer, the path left out."""
+    return {"kind": tokenizer.kind, "sha256": tokenizer.digest, "vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id}
