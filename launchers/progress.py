@@ -51,6 +51,11 @@ class StageProgress:
     heldout: list[Row] = field(default_factory=list)
 
     @property
+    def own_heldout(self) -> dict[str, float] | None:
+        """Held-out losses that this stage measured at its end, nats per token (an export's hand-off repeats those of its input)."""
+        return ((self.handoff or {}).get("heldout") or None) if self.kind == "phase" else None
+
+    @property
     def other_seconds(self) -> float:
         """Held-out evaluation at the end, saving, hand-off, and steps that were lost with a crash."""
         return max(0.0, self.wall_seconds - self.startup_seconds - self.training_seconds)

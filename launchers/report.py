@@ -141,7 +141,7 @@ def render(progress: RunProgress) -> str:
         ),
         _section(
             "What it writes",
-            "greedy continuations by the exported model, loaded through transformers",
+            "continuations of the export's prompts, sampled from the exported folder through transformers",
             tables.samples(progress),
         ),
         _details("Tokens drawn per source", tables.sources(progress)),

@@ -86,7 +86,9 @@ class Figures:
             at |= {tokens >> i for i in range(20)}  # a power law bends most at its start
             planned.append([(band.begin_tokens + t, f(t)) for t in sorted(at)])
             ends += [rate for rate in (f(warmup), f(tokens)) if rate > 0]
-        series = self.series("lr")
+        # A row's rate is that of the step that ended there, so it belongs to where the step began.
+        steps = [self.recipe.phase[b.name].tokens_per_step for b in self.bands]
+        series = [[(x - step, y) for x, y in points] for points, step in zip(self.series("lr"), steps, strict=True)]
         high = max(y for points in (*planned, *series) for _, y in points)
         log = high > LOG_RATE_RANGE * min(ends, default=high)
         chart = Chart("learning rate", 230, self.bands, min(ends) / 3 if log else 0, high * (1.5 if log else 1.06), log=log)

@@ -55,7 +55,7 @@ def tiles(progress: RunProgress) -> str:
 
 
 def _mean_heldout(progress: RunProgress) -> str:
-    measured = [s.handoff["heldout"] for s in progress.stages if s.handoff and s.handoff.get("heldout")]
+    measured = [s.own_heldout for s in progress.stages if s.own_heldout]
     means = [sum(h.values()) / len(h) for h in measured]
     if not means:
         return "-"
@@ -128,10 +128,10 @@ def layout(p: Parallel) -> str:
 
 def heldout(progress: RunProgress, colors: dict[str, str]) -> str:
     """Categories x boundaries, with the change from the first phase to the last."""
-    measured = [s for s in progress.stages if s.handoff and s.handoff.get("heldout")]
+    measured = [s for s in progress.stages if s.own_heldout]
     if not measured:
         return ""
-    tables = [s.handoff["heldout"] for s in measured if s.handoff]
+    tables = [s.own_heldout or {} for s in measured]
     categories = [c for c in colors if any(c in t for t in tables)] + sorted({c for t in tables for c in t} - set(colors))
     head = "".join(f"<th>{escape(s.stage)}</th>" for s in measured) + ("<th>change</th>" if len(tables) > 1 else "")
     rows = []

@@ -40,8 +40,8 @@ def model_folder(progress: RunProgress, stage: StageProgress) -> Path:
 
 
 def first_and_last_heldout(progress: RunProgress) -> tuple[StageProgress, StageProgress] | None:
-    """The first phase and the last stage that measured held-out losses; None if no two did."""
-    measured = [s for s in progress.stages if s.handoff and s.handoff.get("heldout")]
+    """The first and the last phase that measured held-out losses; None if no two did."""
+    measured = [s for s in progress.stages if s.own_heldout]
     return (measured[0], measured[-1]) if len(measured) > 1 else None
 
 
@@ -50,7 +50,7 @@ def _heldout(progress: RunProgress) -> Table | None:
     if ends is None:
         return None
     first, last = ends
-    a, b = (s.handoff["heldout"] for s in ends if s.handoff)
+    a, b = first.own_heldout or {}, last.own_heldout or {}
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("held-out loss, nats per token")
     for name in (f"after {first.stage}", f"after {last.stage}", "change"):

@@ -56,7 +56,7 @@ def main() -> int:
             return -step
     if args.stage in recipe["export"]:
         write_json(
-            stage_dir / "hf" / "sample.json",
+            stage_dir / "sample.json",
             [{"prompt": p, "completion": " ..."} for p in recipe["export"][args.stage]["prompts"]],
         )
     if fault.get("no_handoff"):
@@ -68,7 +68,7 @@ def main() -> int:
         "total_tokens": before + tokens, "checkpoint": None if kind == "export" else f"checkpoints/iter_{step:07}",
         "checkpoint_files": {}, "recipe_digest": os.environ["FAKE_DIGEST"], "data_digest": "d", "ledger": {}, "layout": {"tensor": 1},
         "rope_base": 1e4, "seq_length_tokens": 16, "model": recipe["model"], "tokenizer": {}, "final_loss": loss,
-        "heldout": {"web": 6.0 - before / 1e4, "code": 5.0 - before / 1e4} if phase else None, "versions": {"torch": "0"},
+        "heldout": None if kind == "merge" else {"web": 6.0 - before / 1e4, "code": 5.0 - before / 1e4}, "versions": {"torch": "0"},
     }  # fmt: skip
     if phase:
         tokens_phase = {"web_a": {"samples": step, "tokens": tokens // 2}, "code_a": {"samples": step, "tokens": tokens // 2}}

@@ -112,6 +112,9 @@ def test_finished_run(harness: Any) -> None:
     ):
         assert words in parsed.text, words
     assert "<script>alert('prompt')</script>" in parsed.text  # shown, not run
+    heldout = re.search(r"after stage</th>(.*?)</tr>", page)
+    assert heldout is not None
+    assert re.findall(r"<th>(\w+)</th>", heldout[1]) == ["a", "b", "c", "change"]  # an export measures nothing of its own
     data = json.loads(parsed.scripts[0][1])
     assert data["step"] == [1, 2, 3, 4] * 3
     assert data["tokens"][-1] == 384
