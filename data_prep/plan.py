@@ -160,8 +160,7 @@ def plan(recipe: Recipe, lengths_of: Callable[[str], np.ndarray]) -> dict[str, d
                 problems.append(draw)
                 continue
             drawn[name][source] = draw
-            if draw.epochs > recipe.data.max_epochs:
-                problems.append(_over_cap(draw, recipe.data))
+    problems += _over_cap(drawn, recipe.data)
     if problems:
         raise DataError("; ".join(problems))
     return drawn
@@ -201,12 +200,20 @@ def _draw(name: str, phase: Phase, source: str, data: Data, weight: float, total
     )
 
 
-def _over_cap(draw: Draw, data: Data) -> str:
-    return (
-        f"phase '{draw.phase}': source '{draw.source}' needs {draw.tokens_needed:,} tokens and has {draw.source_tokens:,} in all; the "
-        f"curriculum would read it {draw.epochs:.2f} times by then, data.max_epochs is {data.max_epochs:g}; add data to the source, lower the share of "
-        f"'{draw.category}', or set data.max_epochs={math.ceil(draw.epochs * 10) / 10:g}"
-    )
+def _over_cap(drawn: dict[str, dict[str, Draw]], data: Data) -> list[str]:
+    """One problem per source that the curriculum reads more often than data.max_epochs."""
+    problems = []
+    for source in sorted({name for draws in drawn.values() for name in draws}):
+        draws = [phase[source] for phase in drawn.values() if source in phase]
+        over = next((draw for draw in draws if draw.epochs > data.max_epochs), None)
+        if over is not None:
+            problems.append(
+                f"phase '{over.phase}': source '{source}' needs {over.tokens_needed:,} tokens and has {over.source_tokens:,} in all; it is "
+                f"read {over.epochs:.2f} times by then, {draws[-1].epochs:.2f} times by the end, and data.max_epochs is "
+                f"{data.max_epochs:g}; add data to the source, lower the share of '{over.category}', or set "
+                f"data.max_epochs={math.ceil(draws[-1].epochs * 100) / 100:g}"
+            )
+    return problems
 
 
 def phase_inputs(recipe: Recipe, phase: str, source_digests: Mapping[str, str]) -> dict[str, object]:

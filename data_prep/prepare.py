@@ -33,7 +33,7 @@ def prepare(recipe: Recipe, *, progress: Progress | None = None) -> None:
     """
     progress = progress or Silent()
     root = Path(recipe.data.root)
-    _check(recipe)
+    check(recipe)
     with exclusive_lock(
         root / ".lock", lambda holder: progress.message(f"waiting for process {holder}, which prepares {root}")
     ):
@@ -51,7 +51,7 @@ def threads() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _check(recipe: Recipe) -> None:
+def check(recipe: Recipe) -> None:
     """Refusals that need no data."""
     data = recipe.data
     for name, source in data.sources.items():
@@ -249,11 +249,11 @@ def _documents(root: Path, name: str, source: Source) -> Iterator[tokenize.Text 
     if source.kind == "builtin":
         yield from tokenize.read_lines(corpus_path(root, name), "text", f"corpus/{name}.jsonl")
     else:
-        for path in _paths(name, source):
+        for path in source_paths(name, source):
             yield from tokenize.read_lines(path, source.text_key)
 
 
-def _paths(name: str, source: Source) -> list[Path]:
+def source_paths(name: str, source: Source) -> list[Path]:
     """Files of a jsonl source, or the .bin and .idx of an indexed one; DataError for a pattern that matches none."""
     found: set[str] = set()
     if source.kind == "indexed":
@@ -302,7 +302,7 @@ def _tokens(
         content: object = made.file.sha256
         size = made.text_bytes
     else:
-        files = _input_files(_paths(name, source), before)
+        files = _input_files(source_paths(name, source), before)
         content = {"kind": source.kind, "text_key": source.text_key, "files": [[f.path, f.record.sha256] for f in files]}
         size = sum(f.record.bytes for f in files)
     inputs = tokenize.tokenized_inputs(given, recipe.data.heldout_percent, tokens_needed(recipe.data), content)

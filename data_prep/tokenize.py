@@ -175,7 +175,8 @@ def tokenize_texts(
     """Write <folder>/<name>.bin/.idx, <name>.heldout.bin/.idx, maybe <name>.quarantine.jsonl, and last the record <name>.json.
 
     `read` starts a new pass over the source. Each document is one sequence with the end-of-document id appended. Where
-    `heldout_percent` leaves fewer than `min_heldout_tokens`, more are held out, by the same hash. DataError when there is no document, or too many bad lines.
+    `heldout_percent` leaves fewer than `min_heldout_tokens`, more are held out, by the same hash. DataError when there is
+    no document, or too many bad lines.
     """
     limit = int(heldout_percent / 100 * 2**64)
     tally, highest = _pass(name, read, tokenizer, folder, limit, threads, on_text)

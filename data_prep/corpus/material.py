@@ -56,8 +56,10 @@ LEFT_OUT_PARTS = {"_vendor", "vendor", "vendored", "thirdparty", "third_party", 
                   "__pycache__", "node_modules", "static"}  # fmt: skip
 LEFT_OUT_FILES = {"version.py", "_version.py", "__config__.py", "_sysconfigdata.py", "conftest.py"}
 """Made at build time, with versions and paths of the machine that built them."""
-MIN_CHARS, MAX_FILE_BYTES, MAX_LINE_CHARS, MAX_MEAN_LINE_CHARS = 200, 200_000, 1000, 100
-"""A source file outside of these is a stub, a table or minified."""
+MIN_CHARS, MAX_FILE_BYTES, MAX_LINE_CHARS, MAX_MEAN_LINE_CHARS = 200, 64_000, 1000, 100
+"""A source file outside of these is a stub, a table, minified, or so long that it would be a short phase's whole share of code."""
+MAX_DOCUMENTED_BYTES = 250_000
+"""Files that are only read for their docstrings."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,10 @@ def clean(raw: bytes) -> str | None:
     return text
 
 
-def read_source(path: Path) -> str | None:
+def read_source(path: Path, max_bytes: int = MAX_FILE_BYTES) -> str | None:
     """A Python source file as text, or None when it is a stub, generated, minified or no UTF-8."""
     raw = path.read_bytes()
-    if not MIN_CHARS <= len(raw) <= MAX_FILE_BYTES:
+    if not MIN_CHARS <= len(raw) <= max_bytes:
         return None
     text = clean(raw)
     if text is None:

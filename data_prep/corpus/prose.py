@@ -61,7 +61,7 @@ def package_docs() -> Iterator[Document]:
 
 
 def _page(file: str, path: Path, underline: str = "=") -> str | None:
-    text = material.read_source(path)
+    text = material.read_source(path, material.MAX_DOCUMENTED_BYTES)
     tree = material.parse(text) if text else None
     if tree is None:
         return None
