@@ -396,7 +396,7 @@ def convert(source: Path, target: Path, dtype: DtypeName | None = None) -> str:
     if recorded is not None:
         from data_prep import tokenizer as tokenizers
 
-        found = tokenizers.load(recorded["kind"], Path(recorded["path"]))
+        found = tokenizers.load_tokenizer(Path(recorded["path"]), recorded["kind"])
         if found.digest != recorded["sha256"]:
             raise ModelError(
                 f"{recorded['path']}: its SHA-256 is {found.digest}, {MODEL_JSON} says {recorded['sha256']}; it is not the tokenizer that "
@@ -414,7 +414,7 @@ def _adopt_tokenizer(source: Path, target: Path) -> tuple[dict[str, Any] | None,
         return None, None
     from data_prep import tokenizer as tokenizers
 
-    tokenizer = tokenizers.load("huggingface", source)
+    tokenizer = tokenizers.load_tokenizer(source, "huggingface")
 
     def copy(folder: Path) -> None:
         (folder / "tokenizer").mkdir()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.jit import jit_fuser
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_submodules,
     get_gpt_layer_with_transformer_engine_submodules,
@@ -37,13 +38,21 @@ class RMSNorm(torch.nn.RMSNorm):
 BiasDropoutAdd = Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor, float], torch.Tensor]
 
 
-def scaled_bias_dropout_add(multiplier: float) -> Callable[[bool, bool], BiasDropoutAdd]:
-    """residual + multiplier * dropout(x + bias), in Megatron's bias-dropout-add slot.
+def _scaled_add(x: torch.Tensor, residual: torch.Tensor, multiplier: float) -> torch.Tensor:
+    # Not torch.add(alpha=multiplier), which is one kernel: on the CPU it rounds alpha to the tensors' dtype, so that 0.22 becomes
+    # 0.2197 in bf16.
+    return residual + x * multiplier
 
-    One `torch.add` with alpha: one kernel, and one rounding in bf16 where a product and a sum would round twice.
-    """
+
+_fused_scaled_add = jit_fuser(_scaled_add)
+
+
+def scaled_bias_dropout_add(multiplier: float) -> Callable[[bool, bool], BiasDropoutAdd]:
+    """residual + multiplier * dropout(x + bias), in Megatron's bias-dropout-add slot. `fused` (bias_dropout_fusion) makes it one kernel."""
 
     def get_bias_dropout_add(training: bool, fused: bool) -> BiasDropoutAdd:
+        add = _fused_scaled_add if fused else _scaled_add
+
         def bias_dropout_add(
             x_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, prob: float
         ) -> torch.Tensor:
@@ -52,7 +61,7 @@ def scaled_bias_dropout_add(multiplier: float) -> Callable[[bool, bool], BiasDro
                 x = x + bias
             if training and prob > 0.0:
                 x = torch.nn.functional.dropout(x, p=prob)
-            return torch.add(residual, x, alpha=multiplier)
+            return add(x, residual, multiplier)
 
         return bias_dropout_add
 

@@ -109,6 +109,7 @@ def families(workspace: Workspace) -> dict[str, Family]:
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one": {},
     "tp2_sp": {"ranks": 2, "tensor": 2, "sequence_parallel": True},
+    "tp2": {"ranks": 2, "tensor": 2},
     "pp2": {"ranks": 2, "pipeline": 2},
     "pp2_vp2": {"ranks": 2, "pipeline": 2, "virtual_pipeline": 2},
     "cp2": {"ranks": 2, "context": 2},
@@ -116,6 +117,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_pp2": {"ranks": 4, "tensor": 2, "pipeline": 2},
     "tp2_cp2_sp": {"ranks": 4, "tensor": 2, "context": 2, "sequence_parallel": True},
 }
+WITH_CACHE = ("one", "tp2")
 WITH_GRADIENTS = ("one", "tp2_sp", "cp2", "cp2_recompute", "tp2_cp2_sp")
 
 
@@ -132,6 +134,8 @@ def ranks(workspace: Workspace, families: dict[str, Family]) -> Workspace:
                     "gradients": layout in WITH_GRADIENTS and family == "3b",
                     "save": str(workspace.folder / f"saved-{name}"),
                 }
+                if layout in WITH_CACHE:
+                    job["decode_from"] = TOKENS - 20
                 jobs.append(job | fields)
     workspace.run(jobs)
     return workspace

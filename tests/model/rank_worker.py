@@ -25,6 +25,7 @@ with fast_import.quick_imports():
     import torch.distributed as dist
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.inference.contexts import StaticInferenceContext
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -58,6 +59,8 @@ class Job:
     sharding: str = "fully_reshardable"
     """How the optimizer's state is saved."""
     logits: bool = False
+    decode_from: int | None = None
+    """Logits again, with a key/value cache: this many tokens at once, three together, then one by one."""
     gradients: bool = False
     recompute: bool = False
 
@@ -175,6 +178,20 @@ def run(job: Job, folder: Path) -> None:
             torch.save(out[0], folder / f"{job.name}.logits.{rank}.pt")
         for c in ddp:
             c.train()
+    if job.decode_from is not None:
+        context = StaticInferenceContext(max_batch_size=ids.size(0), max_sequence_length=ids.size(1))
+        ends = [job.decode_from, *range(job.decode_from + 3, ids.size(1) + 1)]
+        chunks[0].eval()
+        parts = []
+        with torch.no_grad():
+            for begin, end in zip([0, *ends], ends, strict=False):
+                positions = torch.arange(begin, end).expand(ids.size(0), -1)
+                parts.append(
+                    chunks[0](ids[:, begin:end], positions, None, inference_context=context, runtime_gather_output=True)
+                )
+                context.increment_sequence_len_offset(end - begin)
+        torch.save(torch.cat(parts, dim=1), folder / f"{job.name}.decoded.{rank}.pt")
+        chunks[0].train()
     if job.gradients:
         for c in ddp:
             c.zero_grad_buffer()

@@ -65,3 +65,9 @@ def test_gradients_are_the_same_in_every_layout(ranks: Workspace, layout: str) -
             for name, gradient in found.items():
                 expected = shard(name, reference[name], tp, tensor)
                 torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2"])
+def test_logits_with_a_key_value_cache_are_those_without(ranks: Workspace, layout: str) -> None:
+    decoded = ranks.load(f"3b.{layout}.decoded.000")
+    assert (decoded - logits(ranks, "3b.one")).abs().max() < 2e-6
