@@ -73,10 +73,10 @@ def run_merge(recipe: Recipe, stage: str, run_dir: Path) -> int:
     checkpoint = f"checkpoints/iter_{newest.step:07d}"
     paths = {run_dir / "stages" / n / str(h.checkpoint): weights[n] for n, h in inputs.items()}
     print(f"stage '{stage}': " + " + ".join(f"{weights[n]:g} {n}" for n in inputs), flush=True)
-    merge(paths, stage_dir / checkpoint)
+    # `replace`: an attempt that was killed before its hand-off may have left the same result.
+    merge(paths, stage_dir / checkpoint, replace=True)
     (stage_dir / "checkpoints" / TRACKER).write_text(str(newest.step))
-    for name in ("model.json",):
-        write_json(stage_dir / name, json.loads((run_dir / "stages" / newest_name / name).read_text()))
+    write_json(stage_dir / "model.json", json.loads((run_dir / "stages" / newest_name / "model.json").read_text()))
     measured = [h.heldout for h in inputs.values() if h.heldout is not None]
     worst = (
         {c: max(m[c] for m in measured if c in m) for c in newest.heldout}
