@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -127,15 +127,12 @@ def test_plan_answers_in_two_seconds_without_torch_or_matplotlib() -> None:
         "bad = [m for m in ('torch', 'megatron', 'numpy', 'matplotlib', 'nemo_run', 'transformers') if m in sys.modules];"
         "sys.exit(f'imported {bad}' if bad else 0)"
     )
-    times = []
-    for _ in range(3):
-        start = time.monotonic()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
-        times.append(time.monotonic() - start)
-        assert done.returncode == 0, done.stderr
-        if times[-1] < 2:
-            break
-    assert min(times) < 2  # the best of three: other work on the machine is not the command's
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    # Processor time, which is the wall time on an idle machine: other work here is not the command's.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
 
 
 def test_a_refused_recipe_exits_2_with_every_problem() -> None:
