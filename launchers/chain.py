@@ -28,7 +28,7 @@ from launchers.progress import RunProgress
 from launchers.runs import RunFolder, accepted_digests, check_change, default_name
 from launchers.stage_job import DATA, StageJob, check_name
 from launchers.summary import print_summary
-from launchers.view import View
+from launchers.view import View, terminal
 from recipes.schema import Recipe
 
 POLL_SECONDS = 0.05
@@ -51,7 +51,7 @@ class Launch:
     accept_changes: bool = False
     stage_command: tuple[str, ...] = stage_job.STAGE_COMMAND
     data_command: tuple[str, ...] = stage_job.DATA_COMMAND
-    console: Console = field(default_factory=lambda: Console(highlight=False, markup=False))
+    console: Console = field(default_factory=terminal)
 
     def __post_init__(self) -> None:
         check_cluster(self.recipe)

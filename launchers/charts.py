@@ -184,8 +184,8 @@ def smooth(points: Points, width: int) -> list[tuple[float, float]]:
     half = width // 2
     result = []
     for i, (x, _) in enumerate(points):
-        reach = min(half, i, len(points) - 1 - i)
-        result.append((x, (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)))
+        first, last = max(0, i - half), min(len(points), i + half + 1)
+        result.append((x, (sums[last] - sums[first]) / (last - first)))
     return result
 
 

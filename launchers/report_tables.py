@@ -26,14 +26,14 @@ STAGE_COLUMNS = (
     ("learning rate", ""),
     ("final loss", ""),
     ("tokens/s", ""),
-    ("memory", ""),
+    ("memory/rank", ""),
     ("time", ""),
     ("", "l"),
 )
 """Title and CSS class of each column of the table of stages."""
 
 OFF_PERCENT = 1.0
-"""A drawn share that is this far from the planned one is marked."""
+"""A drawn share that is this far from the planned one, and more than one sample, is marked."""
 
 
 def tiles(progress: RunProgress) -> str:
@@ -182,7 +182,7 @@ def mixture(progress: RunProgress, colors: dict[str, str]) -> str:
             elif found is None:
                 cells.append(f'<td class="soft">{planned:.1f}</td>')
             else:
-                css = ' class="off"' if abs(found - planned) > OFF_PERCENT else ""
+                css = ' class="off"' if abs(found - planned) > max(OFF_PERCENT, 100 / progress.recipe.phase[p].samples) else ""
                 cells.append(f'<td{css}><span class="of">{planned:.1f}</span> {found:.1f}</td>')
         rows.append(f'<tr><td class="l">{_swatch(color)}{escape(c)}</td>{"".join(cells)}</tr>')
     head = "".join(f"<th>{escape(p)}</th>" for p in phases)

@@ -32,9 +32,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rich.console import Console
+    from launchers.view import terminal
 
-    console = Console(highlight=False, markup=False)
+    console = terminal()
     return show_run(console, args.name, args.runs_root) if args.name else show_list(console, args.runs_root)
 
 

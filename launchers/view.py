@@ -15,6 +15,7 @@ from launchers.progress import RunProgress, StageProgress, State
 
 PLAIN_INTERVAL_SECONDS = 5.0
 LIVE_INTERVAL_SECONDS = 0.5
+PLAIN_WIDTH = 120
 
 STYLES: dict[State, str] = {
     "waiting": "dim",
@@ -24,6 +25,12 @@ STYLES: dict[State, str] = {
     "interrupted": "yellow",
 }
 MARKS: dict[State, str] = {"waiting": "·", "running": "▶", "finished": "✓", "failed": "✗", "interrupted": "‖"}
+
+
+def terminal() -> Console:
+    """Standard output; where it is no terminal, wide enough for the tables."""
+    console = Console(highlight=False, markup=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=max(console.width, PLAIN_WIDTH))
 
 
 def stage_table(progress: RunProgress) -> Table:
