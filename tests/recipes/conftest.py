@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from recipes.compose import compose
-from recipes.schema import Recipe
+from recipes.lint import check, lint
+from recipes.schema import Recipe, RecipeError
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +26,11 @@ def granite_4_1() -> Recipe:
 @pytest.fixture(scope="session")
 def smoke() -> Recipe:
     return compose(["curriculum=smoke"])
+
+
+@pytest.fixture(scope="session")
+def fp8() -> Recipe:
+    return compose(["precision=fp8_tensorwise"])
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +51,28 @@ def changed() -> Callable[..., Recipe]:
         return Recipe.model_validate(raw)
 
     return change
+
+
+Rule = tuple[str, dict[str, Any], str, str, str, str]
+"""Fixture of a good recipe, values that break it, and parts of the refusal: key (whole), value, rule, remedy."""
+
+
+@pytest.fixture
+def refused(changed: Callable[..., Recipe], request: pytest.FixtureRequest) -> Callable[[Rule], None]:
+    """Asserts that the good recipe passes and that the broken one is refused in the words of the rule."""
+
+    def assert_refused(case: Rule) -> None:
+        recipe, values, key, value, rule, remedy = case
+        good = request.getfixturevalue(recipe)
+        assert lint(good) == []
+        bad = changed(good, **values)
+        problems = lint(bad)
+        said = [p for p in problems if p.key == key and rule in p.rule]
+        assert said, problems
+        assert any(value in str(p.value) and remedy in p.remedy for p in said), said
+        with pytest.raises(RecipeError) as caught:
+            check(bad)
+        assert f"{key} = " in str(caught.value)
+        assert remedy in str(caught.value)
+
+    return assert_refused
