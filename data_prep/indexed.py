@@ -205,7 +205,6 @@ class Writer:
         return Index(self.dtype, lengths, offsets, np.arange(len(lengths) + 1, dtype=np.int64))
 
 
-def documents(prefix: Path) -> Iterator[np.ndarray]:
-    reader = Reader(prefix)
-    for number in range(len(reader)):
-        yield reader[number]
+def iter_documents(reader: Reader) -> Iterator[np.ndarray]:
+    """Its documents in order."""
+    return (reader[number] for number in range(len(reader)))

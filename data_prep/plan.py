@@ -74,9 +74,8 @@ def weights(data: Data, phase: str, spec: Phase) -> dict[str, float]:
 
 def samples_asked(samples: int, weight: float, total_weight: float = 1.0) -> int:
     """Samples that Megatron's blend asks of a data set with this weight (formula above)."""
-    # The epsilon covers the rounding of Megatron's own normalisation of the weights: it may only round up where we do.
-    exact = samples * (weight / total_weight)
-    return math.ceil(math.ceil(exact * (1 + 1e-12)) * (1 + SURPLUS))
+    # The same operations in the same order as Megatron's normalize() and the function above, so that the rounding is the same.
+    return math.ceil(math.ceil(samples * (weight / total_weight)) * (1 + SURPLUS))
 
 
 class Dealer:

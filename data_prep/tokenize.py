@@ -19,7 +19,7 @@ import numpy as np
 
 from data_prep.errors import DataError
 from data_prep.files import atomic_write, digest_of, record_file, replace_symlink, verify_file
-from data_prep.indexed import Index, Reader, Writer, bin_path, idx_path
+from data_prep.indexed import Index, Reader, Writer, bin_path, idx_path, iter_documents
 from data_prep.records import InputFile, TokenizedRecord
 from data_prep.tokenizer import Tokenizer
 
@@ -179,12 +179,17 @@ def tokenize_texts(
     no document, or too many bad lines.
     """
     limit = int(heldout_percent / 100 * 2**64)
-    tally, highest = _pass(name, read, tokenizer, folder, limit, threads, on_text)
+
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        return [np.append(ids, tokenizer.eod_id) for ids in tokenizer.encode_batch(texts, threads)]
+
+    tally, highest = _pass(name, read, tokenizer.vocab_size, encode, folder, limit, on_text)
     if tally.heldout_tokens < min_heldout_tokens:
         # Chance held out too little (few documents): a second pass holds out the next by the same hash.
         raised = tally.limit_for(min_heldout_tokens)
         if raised is not None:
-            tally, highest = _pass(name, read, tokenizer, folder, raised, threads, lambda size: None)
+            again = _written(folder, name, limit)
+            tally, highest = _pass(name, read, tokenizer.vocab_size, again, folder, raised, lambda size: None)
     prefix, heldout = folder / name, folder / f"{name}.heldout"
     index, held = Index.read(idx_path(prefix)), Index.read(idx_path(heldout))
     record = TokenizedRecord(
@@ -210,13 +215,19 @@ def tokenize_texts(
     return record
 
 
+def _written(folder: Path, name: str, limit: int) -> Callable[[list[str]], list[np.ndarray]]:
+    """Gives documents of the pass before, in its order, instead of encoding them a second time."""
+    kept, held = (iter_documents(Reader(folder / stem)) for stem in (name, f"{name}.heldout"))
+    return lambda texts: [next(held if content_key(text) < limit else kept) for text in texts]
+
+
 def _pass(
     name: str,
     read: Callable[[], Iterator[Text | BadLine]],
-    tokenizer: Tokenizer,
+    vocab_size: int,
+    encode: Callable[[list[str]], list[np.ndarray]],
     folder: Path,
     limit: int,
-    threads: int,
     on_text: Callable[[int], None],
 ) -> tuple[_Tally, int]:
     """One pass over the source; returns its counts and the largest token id."""
@@ -224,16 +235,15 @@ def _pass(
     tally = _Tally()
     with ExitStack() as stack:
         quarantine = stack.enter_context(atomic_write(folder / f"{name}.quarantine.jsonl"))
-        held = stack.enter_context(Writer(folder / f"{name}.heldout", tokenizer.vocab_size))
-        kept = stack.enter_context(Writer(folder / name, tokenizer.vocab_size))
+        held = stack.enter_context(Writer(folder / f"{name}.heldout", vocab_size))
+        kept = stack.enter_context(Writer(folder / name, vocab_size))
         for batch in _batches(read(), tally, quarantine):
-            encoded = tokenizer.encode_batch(batch, threads)
             size = 0
-            for text, ids in zip(batch, encoded, strict=True):
+            for text, tokens in zip(batch, encode(batch), strict=True):
                 key = content_key(text)
                 is_held = key < limit
-                (held if is_held else kept).add(np.append(ids, tokenizer.eod_id))
-                tally.count(key, len(ids) + 1, is_held)
+                (held if is_held else kept).add(tokens)
+                tally.count(key, len(tokens), is_held)
                 size += len(text.encode())
             tally.documents += len(batch)
             tally.text_bytes += size

@@ -220,26 +220,33 @@ def train(texts: Sequence[str], vocab_size: int, destination: Path) -> None:
             "there is no text to train the tokenizer on: the sources of the first phase are empty; check data.sources"
         )
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(pieces),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        required_chars="\t",
-        character_coverage=_coverage(pieces, max(64, (vocab_size - reserved) // 4)),
-        max_sentence_length=1 << 30,
-        control_symbols=control,
-        unk_id=0, bos_id=1, eos_id=2, pad_id=3,
-        unk_piece=UNKNOWN, bos_piece=BEGIN, eos_piece=END, pad_piece=PAD,
-        num_threads=1,  # more threads do not change the result, one makes that plain
-        minloglevel=2,
-    )  # fmt: skip
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(pieces),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            required_chars="\t",
+            character_coverage=_coverage(pieces, max(64, (vocab_size - reserved) // 4)),
+            max_sentence_length=1 << 30,
+            control_symbols=control,
+            unk_id=0, bos_id=1, eos_id=2, pad_id=3,
+            unk_piece=UNKNOWN, bos_piece=BEGIN, eos_piece=END, pad_piece=PAD,
+            num_threads=1,  # more threads do not change the result, one makes that plain
+            minloglevel=2,
+        )  # fmt: skip
+    except RuntimeError as error:
+        size = sum(len(piece.encode()) for piece in pieces)
+        raise DataError(
+            f"SentencePiece cannot make {vocab_size} pieces of {size} bytes of text ({error}); raise data.tokenizer.train_max_bytes, "
+            "give the first phase's sources more text, or lower data.tokenizer.vocab_size"
+        ) from None
     write_bytes(destination, model.getvalue())
 
 

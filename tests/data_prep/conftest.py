@@ -1,0 +1,35 @@
+"""A trained tokenizer and a prepared data root, made once per process."""
+
+import pytest
+
+from data_prep.corpus import build
+from data_prep.prepare import prepare
+from data_prep.tokenizer import load_tokenizer, train
+from tests.data_prep import helpers
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A SentencePiece model of 1,200 pieces on code and translated text."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    texts = [d.text for builder in ("package_code", "message_catalogues") for d in build(builder, 300_000)]
+    train(texts, 1200, path)
+    return load_tokenizer(path)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """A folder with raw/ and data/ prepared by helpers.recipe; read only."""
+    folder = tmp_path_factory.mktemp("prepared")
+    helpers.raw(folder)
+    prepare(helpers.recipe(folder))
+    return folder
+
+
+@pytest.fixture
+def copy(prepared, tmp_path):
+    """A copy of the prepared root that a test may break."""
+    import shutil
+
+    shutil.copytree(prepared / "data", tmp_path / "data", symlinks=True)
+    return tmp_path / "data"
