@@ -198,6 +198,9 @@ class Checkpoint:
             raise ModelError(f"{self.folder}: no tensor '{key}'")
         begin = offsets or (0,) * len(tensor.shape)
         shape = sizes or tuple(n - b for n, b in zip(tensor.shape, begin, strict=True))
+        same = next((c for c in tensor.chunks if (c.offsets, c.sizes) == (begin, shape)), None)
+        if same is not None:  # the usual case; saves a copy
+            return self.read_chunk(key, same)
         out = torch.empty(shape, dtype=tensor.dtype)
         filled = 0
         for chunk in tensor.chunks:

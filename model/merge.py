@@ -48,18 +48,26 @@ def merge(inputs: Mapping[Path, float], output: Path, *, replace: bool = False) 
         return total.to(dtype)
 
     with Writer(output, replace=replace) as writer:
+        written: set[tuple[str, Chunk]] = set()
         for key, tensor in newest.tensors.items():
             main = _main_parameter(newest, key)
             for chunk in tensor.chunks:
-                if main is not None:
-                    # Rounded twice on purpose, as in training: float64 to the main parameter, the main parameter to the weight.
-                    value = average(main, chunk, newest.tensors[main].dtype).to(tensor.dtype)
-                elif _averaged(key):
-                    value = average(key, chunk, tensor.dtype)
-                else:
+                if (key, chunk) in written:
+                    continue
+                if main is None and not _averaged(key):
                     writer.copy_chunk(key, newest, chunk)
                     continue
-                writer.add_chunk(key, value, shape=tensor.shape, offsets=chunk.offsets)
+                value = average(main or key, chunk, newest.tensors[main or key].dtype)
+                if main is not None:
+                    # The main parameter is usually saved in the same chunks: averaged once, written as both.
+                    twin = next(
+                        (c for c in newest.tensors[main].chunks if (c.offsets, c.sizes) == (chunk.offsets, chunk.sizes)), None
+                    )
+                    if twin is not None:
+                        writer.add_chunk(main, value, shape=tensor.shape, offsets=chunk.offsets)
+                        written.add((main, twin))
+                # float64 to the main parameter, the main parameter to the weight: rounded twice, as in training.
+                writer.add_chunk(key, value.to(tensor.dtype), shape=tensor.shape, offsets=chunk.offsets)
         for key, place in newest.objects.items():
             writer.add_object(key, newest.read_bytes(place))
         for path in sorted(newest.folder.iterdir()):  # common.pt of an older Megatron

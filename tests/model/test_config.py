@@ -186,5 +186,34 @@ def test_transformer_engine_is_asked_for_by_name() -> None:
         build(config, tiny(), rope_base=1e4, max_sequence_length=64, pg_collection=no_groups())
 
 
+def test_the_transformer_engine_layer_is_megatrons_but_for_the_residual(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformer Engine is not installed here: Megatron stands in for its classes, the composition of the spec is real."""
+    import dataclasses
+    from types import SimpleNamespace
+
+    import megatron.core.models.gpt.gpt_layer_specs as layer_specs
+    from megatron.core.extensions.transformer_engine import TENorm
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    import model.spec
+
+    monkeypatch.setattr(layer_specs, "TESpecProvider", TESpecProvider)
+    monkeypatch.setattr(model.spec, "HAVE_TE", True)
+    config = transformer_config(tiny(), transformer_engine=True, apply_rope_fusion=False, persist_layer_norm=False)
+    block = model.spec.block_spec(config, 0.22, pg_collection=SimpleNamespace(pp=None))
+    assert block.layer_norm is TENorm
+    assert len(block.layer_specs) == 3
+    ours, theirs = block.layer_specs[0].submodules, layer_specs.get_gpt_layer_with_transformer_engine_submodules()
+    differing = {f.name for f in dataclasses.fields(ours) if repr(getattr(ours, f.name)) != repr(getattr(theirs, f.name))}
+    assert differing <= {"self_attn_bda", "mlp_bda", "mlp"}  # mlp is a partial, compared below
+    assert ours.mlp.keywords == theirs.mlp.keywords
+    x = torch.ones(2)
+    assert torch.equal(ours.self_attn_bda(False, False)((x, None), x, 0.0), torch.full((2,), 1.22))
+    assert torch.equal(ours.mlp_bda(False, False)((x, None), x, 0.0), torch.full((2,), 1.22))
+    config.fused_residual_rmsnorm = True
+    with pytest.raises(ModelError, match="fused_residual_rmsnorm is on"):
+        model.spec.block_spec(config, 0.22, pg_collection=SimpleNamespace(pp=None))
+
+
 def test_check_passes_what_transformer_config_made() -> None:
     check(transformer_config(tiny(), tensor=2, sequence_parallel=True, context=2, dtype=torch.bfloat16), tiny())

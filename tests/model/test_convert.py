@@ -430,3 +430,25 @@ def test_a_model_made_with_other_layer_count(tmp_path: Path) -> None:
     import_hf(tmp_path / "hf", tmp_path / "stage")
     export(tmp_path / "stage", tmp_path / "back")
     assert same_bits(tensors(tmp_path / "back"), tensors(tmp_path / "hf"))
+
+
+@pytest.mark.multirank
+def test_megatrons_own_loader_takes_an_imported_model(
+    families: dict[str, Family], workspace: Workspace, tmp_path: Path
+) -> None:
+    """With its checks on: the sums of the files, and every key that the model asks for."""
+    made = families["3b"]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "tests.model.megatron_load",
+        made.checkpoint.parent,
+        workspace.folder / "ids.pt",
+    ]
+    done = subprocess.run(
+        [*command, tmp_path / "logits.pt"], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (torch.load(tmp_path / "logits.pt", weights_only=True) - made.logits).abs().max() < 1e-5
