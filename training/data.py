@@ -42,7 +42,8 @@ def build_dataset(manifest: MixtureManifest, data_root: Path, samples: int, vp_s
             None,
             None,
         ],
-        path_to_cache=str(data_root / "cache" / manifest.phase),
+        # Megatron keys its index caches by path; data prepared anew under the same name must not meet the old index.
+        path_to_cache=str(data_root / "cache" / manifest.phase / manifest.digest[:16]),
         tokenizer=get_tokenizer(),
         reset_position_ids=False,
         reset_attention_mask=False,
