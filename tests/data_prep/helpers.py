@@ -8,24 +8,8 @@ from functools import cache
 from recipes.compose import compose
 from recipes.schema import Recipe
 
-WORDS = [
-    "alpha",
-    "beta",
-    "gamma",
-    "delta",
-    "epsilon",
-    "zeta",
-    "eta",
-    "theta",
-    "iota",
-    "kappa",
-    "lambda",
-    "mu",
-    "nu",
-    "xi",
-    "pi",
-    "rho",
-]
+LETTERS = random.Random(0)
+WORDS = ["".join(LETTERS.choice("abcdefghijklmnoprstuvw") for _ in range(LETTERS.randint(2, 9))) for _ in range(600)]
 SHARES = {"first": {"web": 50.0, "code": 30.0, "math": 20.0}, "second": {"web": 20.0, "code": 80.0}, "third": {"math": 100.0}}
 CATEGORY = {"web_a": "web", "web_b": "web", "code_a": "code", "math_a": "math"}
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import DataError
@@ -16,6 +16,7 @@ def write(prefix, documents, vocab=1000):
     return writer
 
 
+@settings(deadline=None)
 @given(
     documents=st.lists(st.lists(st.integers(0, 999), max_size=20), max_size=20),
     vocab=st.sampled_from([1000, 65499, 65500, 100352]),

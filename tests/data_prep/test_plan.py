@@ -15,6 +15,7 @@ LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40).map(lambda value
 NEEDS = st.lists(st.tuples(st.integers(1, 400), st.sampled_from([0, 10, 40])), min_size=1, max_size=8)
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS, needs=NEEDS, seed=st.integers(0, 5))
 def test_dealing(lengths, needs, seed):
     dealer = Dealer("s", lengths, seed)
@@ -36,6 +37,7 @@ def test_dealing(lengths, needs, seed):
     assert [again.deal(*need).tolist() for need in needs] == [d.tolist() for d in dealt]
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS, needs=NEEDS)
 def test_long_documents_come_first_where_there_are_any(lengths, needs):
     dealer = Dealer("s", lengths, 0)
@@ -48,6 +50,7 @@ def test_long_documents_come_first_where_there_are_any(lengths, needs):
             assert not (lengths[left] >= shortest).any() or not (lengths[last_epoch] < shortest).any()
 
 
+@settings(deadline=None)
 @given(count=st.integers(0, 200), more=st.integers(0, 50), seed=st.integers(0, 3))
 def test_the_order_is_a_permutation_that_a_growing_source_keeps(count, more, seed):
     order = seeded_order(count, seed, "s", 0).tolist()
@@ -60,6 +63,7 @@ def test_the_order_depends_on_seed_source_and_epoch():
     assert len(set(orders)) == 4
 
 
+@settings(deadline=None)
 @given(samples=st.integers(1, 5000), parts=st.lists(st.integers(1, 1000), min_size=1, max_size=12))
 def test_a_view_is_asked_for_at_least_its_share_and_the_surplus(samples, parts):
     for part in parts:
