@@ -216,21 +216,36 @@ def _over_cap(drawn: dict[str, dict[str, Draw]], data: Data) -> list[str]:
 
 
 def phase_inputs(recipe: Recipe, phase: str, source_digests: Mapping[str, str]) -> dict[str, object]:
-    """Everything that the views of `phase` depend on: the phases up to it, their sources, the seed and the cap; later phases do not count."""
+    """Everything that the views of `phase` depend on: its sources, what it and the phases before take of them, and the seed.
+
+    Neither later phases nor sources that `phase` does not draw count.
+    """
+    own = weights(recipe.data, phase, recipe.phase[phase])
     steps = []
     for name in recipe.stages[: recipe.stages.index(phase) + 1]:
         if name in recipe.phase:
             spec = recipe.phase[name]
             shares = weights(recipe.data, name, spec)
+            taken = {source: weight for source, weight in shares.items() if source in own}
             steps.append(
                 {
-                    "phase": name,
                     "samples": spec.samples,
                     "seq_length_tokens": spec.seq_length_tokens,
                     "min_document_tokens": spec.min_document_tokens,
-                    "weights": shares,
-                    "categories": {source: recipe.data.sources[source].category for source in shares},
-                    "sources": {source: source_digests[source] for source in shares},
+                    "weights": taken,
+                    "total_weight": math.fsum(shares.values()),
                 }
             )
-    return {"seed": recipe.seed, "surplus": SURPLUS, "phases": steps}
+    spec = recipe.phase[phase]
+    return {
+        "phase": phase,
+        "tokens": spec.tokens,
+        "steps": spec.steps,
+        "global_batch_samples": spec.global_batch_samples,
+        "mixture": spec.mixture.model_dump(mode="json"),
+        "max_epochs": recipe.data.max_epochs,
+        "seed": recipe.seed,
+        "surplus": SURPLUS,
+        "sources": {source: [recipe.data.sources[source].category, source_digests[source]] for source in own},
+        "dealt": [step for step in steps if step["weights"]],
+    }

@@ -1,0 +1,46 @@
+"""`quarry prep`: help, the dry run's table, refusals."""
+
+import pytest
+
+from data_prep.preview import preview
+from launchers.cli import main
+from tests.data_prep import helpers
+
+SMOKE = ["prep", "curriculum=smoke"]
+
+
+def test_help_has_an_example(capsys):
+    with pytest.raises(SystemExit):
+        main(["prep", "--help"])
+    assert "quarry prep curriculum=smoke --dry-run" in capsys.readouterr().out
+
+
+def test_the_dry_run_estimates_and_writes_nothing(capsys, tmp_path):
+    assert main([*SMOKE, f"data.root={tmp_path}/data", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "long_512k" in out
+    assert "~ estimated from the size of the text" in out
+    assert not (tmp_path / "data").exists()
+
+
+def test_the_dry_run_shows_what_prepare_does(prepared):
+    from data_prep.manifest import MixtureManifest, mixture_path
+
+    rows, estimated = preview(helpers.recipe(prepared))
+    assert not estimated
+    for row in rows:
+        view = MixtureManifest.read(mixture_path(prepared / "data", row.phase)).sources[row.source]
+        assert (row.tokens_drawn, row.epochs, row.share_planned_percent) == (
+            view.tokens_available,
+            view.epochs,
+            view.share_percent,
+        )
+    for phase in helpers.SHARES:
+        assert sum(row.share_drawn_percent for row in rows if row.phase == phase) == pytest.approx(100, abs=5)
+
+
+def test_refusals_are_one_message_and_exit_code_2(capsys, tmp_path):
+    assert main([*SMOKE, f"data.root={tmp_path}", "data.max_epochs=0.01", "--dry-run"]) == 2
+    assert "quarry: phase '" in capsys.readouterr().err
+    assert main(["prep", "--dry-run"]) == 2
+    assert "nothing matches 'data/raw" in capsys.readouterr().err
