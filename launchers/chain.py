@@ -44,6 +44,8 @@ class Launch:
     recipe: Recipe
     run_name: str | None = None
     """None: derived from curriculum and model, so that the same command finds its run again."""
+    folder: Path | None = None
+    """Folder of an existing run to go on with; None: runs_root/NAME."""
     first: str | None = None
     """Stage to begin with; everything before it must be finished."""
     last: str | None = None
@@ -56,7 +58,7 @@ class Launch:
     def __post_init__(self) -> None:
         check_cluster(self.recipe)
         name = check_name("run", self.run_name) if self.run_name else default_name(self.recipe)
-        self.run = RunFolder(Path(self.recipe.cluster.runs_root) / name)
+        self.run = RunFolder(self.folder or Path(self.recipe.cluster.runs_root) / name)
         self.stages = select(self.recipe.stages, self.first, self.last)
         self.jobs = {
             s: stage_job.stage_job(self.recipe, self.run.path, s, stage_command=self.stage_command) for s in self.recipe.stages
@@ -86,10 +88,11 @@ class Launch:
             self.progress = RunProgress(self.run, self.recipe)
             if not todo:
                 self.progress.refresh()
-                self.console.print(f"run {self.run.name}: every stage is finished, nothing to start")
+                self.console.print(f"run {self.run.name}: every stage asked for is finished, nothing to start")
                 if not self.run.report.exists():
                     self._report()
-                print_summary(self.progress, self.console)
+                if self.progress.state == "finished":
+                    print_summary(self.progress, self.console)
                 return 0
             return self._run(todo, changes)
 
@@ -151,6 +154,9 @@ class Launch:
         self.progress.refresh()
         if code == 0 and self.progress.state == "finished":
             print_summary(self.progress, self.console)
+        elif code == 0:
+            left = [s.stage for s in self.progress.stages if s.state != "finished"]
+            self.console.print(f"finished up to {todo[-1]}; not yet: {', '.join(left)}; report: {self.run.report}")
         return code
 
     def _prepare_data(self) -> tuple[int, str]:

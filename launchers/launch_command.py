@@ -9,6 +9,7 @@ from typing import Any
 EPILOG = """examples:
   quarry launch curriculum=smoke cluster=local              train the smoke curriculum here; the same command continues it
   quarry launch curriculum=smoke cluster=local --dryrun     show what would be started
+  quarry launch --continue smoke-tiny                       go on with a run as recorded, also after the recipes have changed
   quarry launch curriculum=smoke cluster=local --run second phase.foundation.steps=200
                                                             another run, beside the first
 
@@ -29,6 +30,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "overrides", nargs="*", metavar="override", help="Hydra override, such as model=tiny or phase.foundation.steps=50"
     )
+    parser.add_argument(
+        "--continue",
+        dest="continued",
+        metavar="RUN",
+        help="go on with this run (a name under runs/, or a folder) as it was recorded, whatever the recipes say by now",
+    )
     parser.add_argument("--run", dest="run_name", metavar="NAME", help="name of the run (default: from curriculum and model)")
     parser.add_argument(
         "--config-dir",
@@ -36,11 +43,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="DIR",
-        help="folder with recipes of your own, put on Hydra's search path; may be given several times",
+        help="folder with recipes of your own, put first on Hydra's search path; may be given several times",
     )
     parser.add_argument("--from", dest="first", metavar="STAGE", help="begin with this stage; those before it must be finished")
     parser.add_argument("--to", dest="last", metavar="STAGE", help="stop after this stage")
-    parser.add_argument("--dryrun", action="store_true", help="print the commands of the stages and start nothing")
+    parser.add_argument("--dryrun", "--dry-run", action="store_true", help="print the commands of the stages and start nothing")
     parser.add_argument(
         "--accept-changes",
         action="store_true",
@@ -51,10 +58,33 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     from launchers.chain import Launch
+    from launchers.errors import LaunchError
+    from launchers.runs import find_run
+    from launchers.status import RUNS_ROOT
     from recipes.compose import compose
     from recipes.lint import check
+    from recipes.schema import Recipe
 
-    recipe = compose(args.overrides, config_dirs=args.config_dir)
+    folder = None
+    if args.continued:
+        given = list(args.overrides)
+        given += ["--run"] if args.run_name else []
+        given += ["--accept-changes"] if args.accept_changes else []
+        if given:
+            raise LaunchError(
+                f"--continue takes the recipe of run '{args.continued}' as it is; leave out {' '.join(given)}, or leave out --continue"
+            )
+        folder = find_run(args.continued, RUNS_ROOT).path
+        recipe = Recipe.read(folder / "recipe.json")
+    else:
+        recipe = compose(args.overrides, config_dirs=args.config_dir)
     check(recipe)
-    launch = Launch(recipe=recipe, run_name=args.run_name, first=args.first, last=args.last, accept_changes=args.accept_changes)
+    launch = Launch(
+        recipe=recipe,
+        run_name=args.run_name,
+        folder=folder,
+        first=args.first,
+        last=args.last,
+        accept_changes=args.accept_changes,
+    )
     return launch.dryrun() if args.dryrun else launch.start()

@@ -184,7 +184,8 @@ def check_change(run: RunFolder, old: Recipe, new: Recipe, finished: set[str], *
     if not accept:
         raise LaunchError(
             f"run '{run.name}' exists with another recipe ({run.recipe}); the keys that differ:\n{listed}\n"
-            f"Start a new run with --run NAME, or go on with the old values. --accept-changes takes changes to stages that are not finished."
+            f"Start a new run with --run NAME; or go on with the old values: quarry launch --continue {run.name}; or, if no finished stage is "
+            f"touched by it, go on with the new ones: --accept-changes."
         )
     refused = [d for d in found if not _leaves_finished(d, old, new, finished)]
     if refused:

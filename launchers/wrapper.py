@@ -197,6 +197,8 @@ def describe_exit(exit_code: int, received: str | None) -> str:
         text = f"killed by {signal.Signals(-exit_code).name}"
     else:
         text = meaning.get(exit_code, f"failed with exit code {exit_code}")
+        if exit_code > 128 and exit_code - 128 in {s.value for s in signal.Signals}:  # as shells and training.stage say it
+            text += f" (one of its processes was killed by {signal.Signals(exit_code - 128).name})"
     return f"{text} after {received}" if received else text
 
 

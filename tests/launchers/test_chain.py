@@ -238,6 +238,9 @@ def test_data_that_cannot_be_prepared_starts_no_stage(harness: Any) -> None:
 def test_from_and_to(harness: Any) -> None:
     assert harness.launch(last="b") == 0
     assert [harness.starts(s) for s in STAGES] == [1, 1, 0, 0, 0]
+    assert "finished up to b; not yet: merged, c, hf" in harness.output
+    assert harness.launch(last="b") == 0
+    assert "nothing to start" in harness.output
     with pytest.raises(LaunchError, match="--from c: stage 'merged' before it is not finished"):
         harness.launch(first="c")
     assert harness.launch(first="merged", last="merged") == 0

@@ -13,6 +13,7 @@ import pytest
 from data_prep.errors import DataError
 from launchers import cli
 from launchers.errors import LaunchError
+from recipes.compose import compose
 from recipes.schema import RecipeError
 
 
@@ -107,3 +108,17 @@ def test_closed_pipe_is_no_error(harness, monkeypatch: pytest.MonkeyPatch) -> No
     command = f"{sys.executable} -m launchers.cli status {harness.run_dir} | true"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
     assert "Traceback" not in done.stderr
+
+
+def test_continue_takes_the_recorded_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = tmp_path / "moved" / "elsewhere"
+    folder.mkdir(parents=True)
+    compose(["curriculum=smoke", "cluster=local", "cluster.threads_per_rank=7"]).write(folder / "recipe.json")
+    assert cli.main(["launch", "--continue", str(folder), "--dryrun"]) == 0
+    printed = capsys.readouterr().out
+    assert "OMP_NUM_THREADS=7" in printed
+    assert f"--run-dir {folder} --stage final_annealing" in printed
+    assert cli.main(["launch", "--continue", str(folder), "seed=2", "--run", "x"]) == 2
+    assert "leave out seed=2 --run" in capsys.readouterr().err
+    assert cli.main(["launch", "--continue", str(tmp_path / "nothing")]) == 2
+    assert "no run" in capsys.readouterr().err
