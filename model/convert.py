@@ -6,15 +6,14 @@
 Hugging Face folder with safetensors (then `--to` gets `checkpoints/iter_0000000` and `model.json`, which Megatron loads as weights
 with --finetune). Both outputs appear under their name only when they are complete.
 
-The library functions take no tokenizer: model/ knows nothing of data_prep/. Only the command does, lazily, to write the tokenizer's
-files too.
+model/ knows no tokenizers (that is data_prep/): `quarry convert` (launchers.convert_command) prepares the tokenizer's files and this
+copies them (--tokenizer-files, --tokenizer-record).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import io
 import json
 import os
@@ -165,22 +164,44 @@ def export(
     out_dtype = DTYPES[dtype] if dtype else saved
     if out_dtype not in HF_DTYPES:
         raise ModelError(f"{folder}: weights are {saved}; choose --dtype fp32 or bf16")
-    ids = dict(token_ids) if token_ids is not None else description.token_ids
-    config = to_hf_config(
-        model,
-        rope_base=description.rope_base,
-        max_position_tokens=description.max_position_tokens,
-        dtype=HF_DTYPES[out_dtype],
-        token_ids=ids,
-    )
     with _new_folder(target, replace=replace) as temporary:
-        _write_safetensors(
-            hf_weights.read_hf_tensors(checkpoint, model), hf_weights.hf_shapes(model), out_dtype, temporary, max_shard_bytes
+        if write_tokenizer is not None:
+            write_tokenizer(temporary)
+        ids = dict(token_ids) if token_ids is not None else _token_ids(temporary, description.token_ids)
+        config = to_hf_config(
+            model,
+            rope_base=description.rope_base,
+            max_position_tokens=description.max_position_tokens,
+            dtype=HF_DTYPES[out_dtype],
+            token_ids=ids,
         )
         _write_json(temporary / "config.json", config)
         _write_json(temporary / "generation_config.json", to_generation_config(ids))
-        if write_tokenizer is not None:
-            write_tokenizer(temporary)
+        _write_safetensors(
+            hf_weights.read_hf_tensors(checkpoint, model), hf_weights.hf_shapes(model), out_dtype, temporary, max_shard_bytes
+        )
+
+
+def _token_ids(folder: Path, recorded: Mapping[str, int]) -> dict[str, int]:
+    """Special ids of the tokenizer files in `folder`, beside the `recorded` ones, with which they must agree."""
+    names, added = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    found: dict[str, int] = {}
+    if names.is_file() and added.is_file():
+        by_content = {token["content"]: token["id"] for token in json.loads(added.read_bytes()).get("added_tokens", [])}
+        config = json.loads(names.read_bytes())
+        for kind in ("bos", "eos", "pad"):
+            token = config.get(f"{kind}_token")
+            content = token.get("content") if isinstance(token, dict) else token
+            if content in by_content:
+                found[f"{kind}_token_id"] = by_content[content]
+    differing = [
+        f"{k} is {found[k]} in the tokenizer and {recorded[k]} in {MODEL_JSON}"
+        for k in found
+        if recorded.get(k, found[k]) != found[k]
+    ]
+    if differing:
+        raise ModelError(f"the tokenizer is not the model's: {'; '.join(differing)}; use the one that it was trained with")
+    return found | dict(recorded)
 
 
 def _check_vocabulary(folder: Path, tokenizer: Mapping[str, Any] | None, model: Model) -> None:
@@ -384,44 +405,36 @@ def is_hf_folder(source: Path) -> bool:
     return (source / "config.json").is_file()
 
 
-def convert(source: Path, target: Path, dtype: DtypeName | None = None) -> str:
-    """Convert in the direction that `source` asks for, with tokenizer files; returns a sentence that says what was written."""
+def convert(
+    source: Path,
+    target: Path,
+    dtype: DtypeName | None = None,
+    tokenizer_files: Path | None = None,
+    tokenizer_record: Mapping[str, Any] | None = None,
+) -> str:
+    """Convert in the direction that `source` asks for; returns a sentence that says what was written.
+
+    The files in `tokenizer_files` are copied: into the Hugging Face folder, or into `target`/tokenizer. `tokenizer_record` (kind, sha256,
+    vocab_size, eod_id) describes them in model.json.
+    """
     if is_hf_folder(source):
-        tokenizer, copy = _adopt_tokenizer(source, target)
-        import_hf(source, target, dtype=dtype, tokenizer=tokenizer, add_files=copy)
-        without = "" if tokenizer else " (without a tokenizer: there is no tokenizer.json)"
-        return f"{target}: checkpoints/iter_0000000 and model.json{without}; Megatron loads it with --load {target}/checkpoints --finetune"
-    recorded = Description.find(_checkpoint_folder(source)).tokenizer
-    write = None
-    if recorded is not None:
-        from data_prep import tokenizer as tokenizers
-
-        found = tokenizers.load_tokenizer(Path(recorded["path"]), recorded["kind"])
-        if found.digest != recorded["sha256"]:
-            raise ModelError(
-                f"{recorded['path']}: its SHA-256 is {found.digest}, {MODEL_JSON} says {recorded['sha256']}; it is not the tokenizer that "
-                "the model was trained with, restore that one"
-            )
-        write = functools.partial(tokenizers.write_hf_tokenizer, found)
-    export(source, target, dtype=dtype, write_tokenizer=write)
-    without = "" if write else f" (without a tokenizer: {MODEL_JSON} names none)"
-    return f"{target}: GraniteForCausalLM{without}; load it with transformers.AutoModelForCausalLM.from_pretrained"
+        record = None if tokenizer_record is None else {**tokenizer_record, "path": str(target.resolve() / "tokenizer")}
+        copy = None if tokenizer_files is None else lambda folder: _copy_files(tokenizer_files, folder / "tokenizer")
+        import_hf(source, target, dtype=dtype, tokenizer=record, add_files=copy)
+        result = (
+            f"{target}: checkpoints/iter_0000000 and model.json; Megatron loads it with --load {target}/checkpoints --finetune"
+        )
+    else:
+        copy = None if tokenizer_files is None else lambda folder: _copy_files(tokenizer_files, folder)
+        export(source, target, dtype=dtype, write_tokenizer=copy)
+        result = f"{target}: GraniteForCausalLM; load it with transformers.AutoModelForCausalLM.from_pretrained"
+    return result if tokenizer_files else f"{result} (no tokenizer was given, none is written)"
 
 
-def _adopt_tokenizer(source: Path, target: Path) -> tuple[dict[str, Any] | None, Callable[[Path], None] | None]:
-    """Record for model.json of the tokenizer in the Hugging Face folder `source`, and what copies it into `target`/tokenizer."""
-    if not (source / "tokenizer.json").is_file():
-        return None, None
-    from data_prep import tokenizer as tokenizers
-
-    tokenizer = tokenizers.load_tokenizer(source, "huggingface")
-
-    def copy(folder: Path) -> None:
-        (folder / "tokenizer").mkdir()
-        for path in tokenizer.files():
-            shutil.copyfile(path, folder / "tokenizer" / path.name)
-
-    return tokenizers.describe(tokenizer) | {"path": str(target.resolve() / "tokenizer")}, copy
+def _copy_files(source: Path, target: Path) -> None:
+    target.mkdir(exist_ok=True)
+    for path in sorted(source.iterdir()):
+        shutil.copyfile(path, target / path.name)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -431,15 +444,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--to", dest="target", type=Path, required=True, help="new folder")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: that of the source")
+    parser.add_argument("--tokenizer-files", type=Path, help="folder whose files are copied along")
+    parser.add_argument("--tokenizer-record", type=json.loads, help="JSON for model.json: kind, sha256, vocab_size, eod_id")
     options = parser.parse_args(argv)
     if not options.source.is_dir():
         print(f"error: {options.source} is no folder; --from takes a checkpoint or a Hugging Face folder", file=sys.stderr)
         return 78
-    from data_prep.errors import DataError
-
     try:
-        print(convert(options.source, options.target, options.dtype))
-    except (ModelError, DataError) as error:
+        print(convert(options.source, options.target, options.dtype, options.tokenizer_files, options.tokenizer_record))
+    except ModelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 78
     return 0

@@ -276,6 +276,22 @@ def test_a_token_id_outside_of_the_vocabulary_is_refused(families: dict[str, Fam
         export(families["3b"].checkpoint, tmp_path / "hf", token_ids={"eos_token_id": VOCAB})
 
 
+def test_special_ids_come_from_the_tokenizer_and_must_agree(families: dict[str, Family], tmp_path: Path) -> None:
+    def write_tokenizer(folder: Path, end: int = 2) -> None:
+        names = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": "<pad>", "unk_token": None}
+        tokens = [{"id": i, "content": c} for i, c in ((1, "<s>"), (end, "</s>"), (3, "<pad>"))]
+        (folder / "tokenizer_config.json").write_text(json.dumps(names))
+        (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens}))
+
+    export(families["3b"].checkpoint, tmp_path / "hf", write_tokenizer=write_tokenizer)
+    for file in ("config.json", "generation_config.json"):
+        content = json.loads((tmp_path / "hf" / file).read_text())
+        assert [content[f"{k}_token_id"] for k in ("bos", "eos", "pad")] == [1, 2, 3]
+    with pytest.raises(ModelError, match=r"eos_token_id is 9 in the tokenizer and 2 in model\.json"):
+        export(families["3b"].checkpoint, tmp_path / "other", write_tokenizer=lambda f: write_tokenizer(f, end=9))
+    assert not (tmp_path / "other").exists()
+
+
 def test_model_json_is_searched_and_explained(families: dict[str, Family], tmp_path: Path) -> None:
     checkpoint = Path(shutil.copytree(families["3b"].checkpoint, tmp_path / "a" / "checkpoints" / "iter_0000000"))
     with pytest.raises(ModelError, match=r"no model\.json in it or two folders up"):
@@ -328,18 +344,41 @@ def test_the_command_refuses_with_a_reason(tmp_path: Path, capsys: pytest.Captur
     assert "no checkpoint here" in capsys.readouterr().err
 
 
-def test_quarry_convert_starts_the_command(families: dict[str, Family], tmp_path: Path) -> None:
+def quarry_convert(*arguments: object) -> int:
     import argparse
 
     from launchers import convert_command
 
     parser = argparse.ArgumentParser()
     convert_command.add_parser(parser.add_subparsers())
-    args = parser.parse_args(
-        ["convert", "--from", str(families["3b"].checkpoint), "--to", str(tmp_path / "hf"), "--dtype", "bf16"]
-    )
-    assert convert_command.run(args) == 0
-    assert next(iter(tensors(tmp_path / "hf").values())).dtype == torch.bfloat16
+    return convert_command.run(parser.parse_args(["convert", *map(str, arguments)]))
+
+
+def test_quarry_convert_takes_the_tokenizer_along_both_ways(families: dict[str, Family], tmp_path: Path) -> None:
+    import tokenizers
+
+    from data_prep.errors import DataError
+
+    hf = Path(shutil.copytree(families["3b"].hf, tmp_path / "hf"))
+    vocabulary = {"<|end_of_text|>": 0, "a": 1, "b": 2, "[UNK]": 3}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]")).save(str(hf / "tokenizer.json"))
+    assert quarry_convert("--from", hf, "--to", tmp_path / "stage", "--dtype", "bf16") == 0
+    record = json.loads((tmp_path / "stage" / "model.json").read_text())["tokenizer"]
+    assert record["kind"] == "huggingface"
+    assert record["vocab_size"] == 4
+    assert Path(record["path"]) == tmp_path / "stage" / "tokenizer"
+    assert quarry_convert("--from", tmp_path / "stage" / "checkpoints", "--to", tmp_path / "back") == 0
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (hf / "tokenizer.json").read_bytes()
+    assert next(iter(tensors(tmp_path / "back").values())).dtype == torch.bfloat16
+    adopted = tmp_path / "stage" / "tokenizer" / "tokenizer.json"
+    adopted.write_text(adopted.read_text().replace('"b"', '"c"'))
+    with pytest.raises(DataError, match="not the tokenizer that the model was trained with"):
+        quarry_convert("--from", tmp_path / "stage", "--to", tmp_path / "again")
+
+
+def test_quarry_convert_refuses_with_the_exit_code_of_the_work(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert quarry_convert("--from", tmp_path, "--to", tmp_path / "out") == 78
+    assert "no checkpoint here" in capfd.readouterr().err
 
 
 @settings(max_examples=30, deadline=None)
@@ -407,21 +446,6 @@ def test_a_checkpoint_index_that_names_other_classes_is_not_unpickled(families: 
     with pytest.raises(ModelError, match="has no place in a checkpoint's index"):
         export(root, tmp_path / "hf")
     assert not trap.exists()
-
-
-def test_hf_tokenizer_travels_with_the_model(families: dict[str, Family], tmp_path: Path) -> None:
-    import tokenizers
-
-    hf = Path(shutil.copytree(families["3b"].hf, tmp_path / "hf"))
-    vocabulary = {"<|end_of_text|>": 0, "a": 1, "b": 2, "[UNK]": 3}
-    tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]")).save(str(hf / "tokenizer.json"))
-    assert convert.main(["--from", str(hf), "--to", str(tmp_path / "stage")]) == 0
-    record = json.loads((tmp_path / "stage" / "model.json").read_text())["tokenizer"]
-    assert record["kind"] == "huggingface"
-    assert record["vocab_size"] == 4
-    assert (Path(record["path"]) / "tokenizer.json").read_bytes() == (hf / "tokenizer.json").read_bytes()
-    (Path(record["path"]) / "tokenizer.json").write_text((hf / "tokenizer.json").read_text().replace('"b"', '"c"'))
-    assert convert.main(["--from", str(tmp_path / "stage"), "--to", str(tmp_path / "back")]) == 78
 
 
 def test_a_model_made_with_other_layer_count(tmp_path: Path) -> None:
