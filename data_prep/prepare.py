@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -40,8 +41,9 @@ def prepare(recipe: Recipe, *, progress: Progress | None = None) -> None:
         remove_leftovers(root)
         seen: dict[Path, str] = {}
         _corpus(recipe, root, progress, seen)
-        given, description = _tokenizer(recipe, root, progress)
-        records = {name: _tokens(recipe, root, name, given, progress, seen) for name in recipe.data.sources}
+        contents = {name: _content(root, name, source) for name, source in recipe.data.sources.items()}
+        given, description = _tokenizer(recipe, root, contents, progress)
+        records = {name: _tokens(recipe, root, name, contents[name], given, progress, seen) for name in recipe.data.sources}
         _heldout(recipe, root, records, description, progress, seen)
         _views(recipe, root, records, description, progress, seen)
 
@@ -159,7 +161,9 @@ def _refuse_shared_documents(root: Path, names: list[str]) -> None:
 # --- tokenizer -------------------------------------------------------------------------------------------------------------------
 
 
-def _tokenizer(recipe: Recipe, root: Path, progress: Progress) -> tuple[tokenizer.Tokenizer, TokenizerRecord]:
+def _tokenizer(
+    recipe: Recipe, root: Path, contents: dict[str, Content], progress: Progress
+) -> tuple[tokenizer.Tokenizer, TokenizerRecord]:
     """Train the tokenizer or take over the given one, into tokenizer/; returns it and what manifests record of it."""
     spec = recipe.data.tokenizer
     folder = root / "tokenizer"
@@ -170,19 +174,27 @@ def _tokenizer(recipe: Recipe, root: Path, progress: Progress) -> tuple[tokenize
             raise DataError(
                 "data.tokenizer.path is null, and only SentencePiece models are trained here; set the path, or kind=sentencepiece"
             )
-        texts, taken = _training_sample(recipe, root)
-        inputs = digest_of({"version": 1, "sample": tokenizer.sample_digest(texts, spec.vocab_size)})
+        budgets = _training_budgets(recipe)
+        inputs = digest_of(
+            {
+                "version": tokenizer.TRAINING_VERSION,
+                "vocab_size": spec.vocab_size,
+                "sample": {name: [size, contents[name].identity] for name, size in budgets.items()},
+            }
+        )
     else:
         given = tokenizer.load_tokenizer(Path(spec.path), spec.kind)
-        texts, taken = [], None
+        budgets = None
         inputs = digest_of({file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in given.files()})
     if not _tokenizer_current(record, inputs, target):
+        taken = None
         with progress.step("tokenizer", None) as done:
             (folder / "record.json").unlink(missing_ok=True)
-            if taken is None:
+            if budgets is None:
                 for file in given.files():
                     write_bytes(target if spec.kind == "sentencepiece" else folder / file.name, file.read_bytes())
             else:
+                texts, taken = _training_sample(recipe, root, budgets)
                 tokenizer.train(texts, spec.vocab_size, target)
                 done(sum(taken.values()))
         loaded = tokenizer.load_tokenizer(target, spec.kind)
@@ -213,8 +225,8 @@ def _tokenizer_current(record: TokenizerFile | None, inputs: str, target: Path) 
     return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == record.sha256
 
 
-def _training_sample(recipe: Recipe, root: Path) -> tuple[list[str], dict[str, int]]:
-    """Text of the first phase's sources in the shares of its mixture, and the bytes taken of each."""
+def _training_budgets(recipe: Recipe) -> dict[str, int]:
+    """Source of the first phase -> bytes of its text to train the tokenizer on, in the shares of the phase's mixture."""
     spec = recipe.data.tokenizer
     if spec.train_max_bytes is None:
         raise DataError(
@@ -223,15 +235,22 @@ def _training_sample(recipe: Recipe, root: Path) -> tuple[list[str], dict[str, i
     first = next((name for name in recipe.stages if name in recipe.phase), None)
     if first is None:
         raise DataError("the recipe has no phase, so there is no data to train a tokenizer on; set data.tokenizer.path")
+    shares = plan.weights(recipe.data, first, recipe.phase[first])
+    for name in shares:
+        if recipe.data.sources[name].kind == "indexed":
+            raise DataError(
+                f"data.sources.{name} is already tokenized, a tokenizer cannot be trained on it; "
+                "set data.tokenizer.path to the tokenizer that it was made with"
+            )
+    return {name: int(weight * spec.train_max_bytes) for name, weight in shares.items()}
+
+
+def _training_sample(recipe: Recipe, root: Path, budgets: dict[str, int]) -> tuple[list[str], dict[str, int]]:
+    """Text up to the budget of each source, and the bytes taken of each."""
     texts: list[str] = []
     taken: dict[str, int] = {}
-    for name, weight in plan.weights(recipe.data, first, recipe.phase[first]).items():
-        source = recipe.data.sources[name]
-        if source.kind == "indexed":
-            raise DataError(
-                f"data.sources.{name} is already tokenized, a tokenizer cannot be trained on it; set data.tokenizer.path to its tokenizer"
-            )
-        part = list(tokenizer.sample(_texts(root, name, source), int(weight * spec.train_max_bytes)))
+    for name, budget in budgets.items():
+        part = list(tokenizer.sample(_texts(root, name, recipe.data.sources[name]), budget))
         taken[name] = sum(len(text.encode()) for text in part)
         texts += part
     return texts, taken
@@ -289,26 +308,43 @@ def _input_files(paths: list[Path], before: TokenizedRecord | None) -> list[Inpu
     return files
 
 
+@dataclass(frozen=True)
+class Content:
+    """What a source's text is, by digest."""
+
+    identity: object
+    """Equal for equal text."""
+    size_bytes: int
+    files: list[InputFile]
+    """Kinds jsonl and indexed."""
+
+
+def _content(root: Path, name: str, source: Source) -> Content:
+    if source.kind == "builtin":
+        made = CorpusRecord.read_if_valid(root / "corpus" / f"{name}.json")
+        assert made is not None, "the corpus step left no record"
+        return Content(made.file.sha256, made.text_bytes, [])
+    files = _input_files(source_paths(name, source), TokenizedRecord.read_if_valid(root / "tokenized" / f"{name}.json"))
+    identity = {"kind": source.kind, "text_key": source.text_key, "files": [[f.path, f.record.sha256] for f in files]}
+    return Content(identity, sum(f.record.bytes for f in files), files)
+
+
 def _tokens(
-    recipe: Recipe, root: Path, name: str, given: tokenizer.Tokenizer, progress: Progress, seen: dict[Path, str]
+    recipe: Recipe,
+    root: Path,
+    name: str,
+    content: Content,
+    given: tokenizer.Tokenizer,
+    progress: Progress,
+    seen: dict[Path, str],
 ) -> TokenizedRecord:
     """Tokenize one source if its text, the tokenizer or the held-out share changed."""
     source, folder = recipe.data.sources[name], root / "tokenized"
     before = TokenizedRecord.read_if_valid(folder / f"{name}.json")
-    files: list[InputFile] = []
-    if source.kind == "builtin":
-        made = CorpusRecord.read_if_valid(root / "corpus" / f"{name}.json")
-        assert made is not None, "the corpus step left no record"
-        content: object = made.file.sha256
-        size = made.text_bytes
-    else:
-        files = _input_files(source_paths(name, source), before)
-        content = {"kind": source.kind, "text_key": source.text_key, "files": [[f.path, f.record.sha256] for f in files]}
-        size = sum(f.record.bytes for f in files)
-    inputs = tokenize.tokenized_inputs(given, recipe.data.heldout_percent, tokens_needed(recipe.data), content)
+    inputs = tokenize.tokenized_inputs(given, recipe.data.heldout_percent, tokens_needed(recipe.data), content.identity)
     if tokenize.is_current(before, folder, inputs, seen):
         return before
-    with progress.step(f"tokens of {name}", size) as done:
+    with progress.step(f"tokens of {name}", content.size_bytes) as done:
         if source.kind == "indexed":
             return tokenize.adopt_indexed(
                 name,
@@ -318,7 +354,7 @@ def _tokens(
                 heldout_percent=recipe.data.heldout_percent,
                 min_heldout_tokens=tokens_needed(recipe.data),
                 inputs=inputs,
-                files=files,
+                files=content.files,
             )
         return tokenize.tokenize_texts(
             name,
@@ -328,7 +364,7 @@ def _tokens(
             heldout_percent=recipe.data.heldout_percent,
             min_heldout_tokens=tokens_needed(recipe.data),
             inputs=inputs,
-            files=files,
+            files=content.files,
             threads=threads(),
             on_text=done,
         )

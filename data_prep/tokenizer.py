@@ -6,7 +6,6 @@ They enter training data only where code puts them.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +22,8 @@ ROLES = ("<|start_of_role|>", "<|end_of_role|>")
 """Granite's chat markers; part of vocabularies that have room for them."""
 ROLES_FROM_VOCAB = 1024
 BYTES = 256
+TRAINING_VERSION = 1
+"""Of sample() and train(); raise it when the same text would give another model."""
 SAMPLE_DOCUMENT_CHARS = 16_000
 """Of one document at most this much goes into the training sample, so that a few long ones do not fill it."""
 HF_END_CANDIDATES = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>")
@@ -261,15 +262,6 @@ def _coverage(texts: Sequence[str], characters: int) -> float:
     if len(ordered) <= characters:
         return 1.0
     return min(1.0, sum(ordered[:characters]) / sum(ordered))
-
-
-def sample_digest(texts: Sequence[str], vocab_size: int) -> str:
-    """Digest of what `train` would be given."""
-    digest = hashlib.sha256(str(vocab_size).encode())
-    for text in texts:
-        content = text.encode()
-        digest.update(len(content).to_bytes(8, "little") + content)
-    return digest.hexdigest()
 
 
 def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
