@@ -156,7 +156,9 @@ class Launch:
             print_summary(self.progress, self.console)
         elif code == 0:
             left = [s.stage for s in self.progress.stages if s.state != "finished"]
-            self.console.print(f"finished up to {todo[-1]}; not yet: {', '.join(left)}; report: {self.run.report}")
+            self.console.print(
+                f"finished up to {todo[-1]}; not yet: {', '.join(left)}; report: {self.run.report}", soft_wrap=True
+            )
         return code
 
     def _prepare_data(self) -> tuple[int, str]:

@@ -13,13 +13,20 @@ import sys
 import tempfile
 from pathlib import Path
 
+EPILOG = """examples:
+  quarry convert --from runs/smoke-tiny/stages/foundation --to /tmp/foundation-hf   a stage's model for transformers
+  quarry convert --from /tmp/foundation-hf --to /tmp/foundation-megatron            and back
+"""
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "convert",
         help="convert a checkpoint to a Hugging Face folder, or back",
-        description="Convert a Megatron checkpoint to a Hugging Face folder, or a Hugging Face Granite to a checkpoint. "
+        description="Convert a Megatron checkpoint to a Hugging Face folder, or a Hugging Face Granite to a checkpoint.\n"
         "The direction follows from --from.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--from",
