@@ -5,7 +5,7 @@ Measured on 2 cores for a run of 20 steps with one checkpoint (Megatron-LM 0.19.
     with fast_import.quick_imports():            # Python's cycle collector scans the growing heap over and over: 0.4 s
         cpu_backend.install()                    # also keeps torch._dynamo out: 1.2 s
         import megatron.training
-        fast_import.hide_transformers()          # unless Megatron is to read a Hugging Face tokenizer: 1.1 s
+        # and training.token_ids instead of Megatron's tokenizers, which import transformers: 1.1 s
     fast_import.results_stay_in_process()        # unless checkpoints are saved asynchronously: 3.3 s
     ...
     fast_import.leave(0)                         # last statement of a rank; skips the tear-down of torch's modules: 0.6 s
@@ -35,21 +35,6 @@ def quick_imports() -> Iterator[None]:
         gc.freeze()
         if was_enabled:
             gc.enable()
-
-
-def hide_transformers() -> None:
-    """Import Megatron's tokenizers as on a machine without `transformers`, which they import whatever the tokenizer is.
-
-    Afterwards Megatron's HuggingFaceTokenizer refuses to be built; null, SentencePiece and tiktoken tokenizers work. Later imports of
-    `transformers` by others are not affected. Does nothing if `transformers` is imported already.
-    """
-    if "transformers" in sys.modules:
-        return
-    sys.modules["transformers"] = None  # makes the import statement raise ModuleNotFoundError
-    try:
-        import megatron.core.tokenizers.text  # noqa: F401
-    finally:
-        del sys.modules["transformers"]
 
 
 def results_stay_in_process() -> None:

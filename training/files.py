@@ -1,50 +1,22 @@
-"""Files that are either whole or absent: atomic JSON, digests, and the tail of a log that may have been cut."""
+"""Digests of a checkpoint's files, and logs whose last line may have been cut."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-BLOCK_BYTES = 8 << 20
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` under a temporary name, fsync, rename, and fsync the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1, sort_keys=True)
-        f.write("\n")
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def sha256_file(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def sha256_json(value: Any) -> str:
-    """Digest of the canonical JSON of `value`."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+from data_prep.files import file_sha256
 
 
 def digest_folder(folder: Path) -> dict[str, dict[str, int | str]]:
     """{path relative to `folder`: {"bytes", "sha256"}} of every file below it. Threads: hashing releases the GIL."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-        sums = list(pool.map(sha256_file, paths))
+        sums = list(pool.map(file_sha256, paths))
     return {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": s} for p, s in zip(paths, sums, strict=True)}
 
 
@@ -61,7 +33,7 @@ def compare_folder(folder: Path, recorded: dict[str, dict[str, int | str]]) -> l
         else:
             to_hash.append(name)
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-        for name, found in zip(to_hash, pool.map(lambda n: sha256_file(folder / n), to_hash), strict=True):
+        for name, found in zip(to_hash, pool.map(lambda n: file_sha256(folder / n), to_hash), strict=True):
             if found != recorded[name]["sha256"]:
                 problems.append(
                     f"{folder / name} was altered: SHA-256 {found[:12]}..., recorded {str(recorded[name]['sha256'])[:12]}..."

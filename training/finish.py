@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data_prep.files import digest_of, write_json
 from data_prep.manifest import DataError
 from model.errors import ModelError
 from recipes.schema import Export, Recipe, RecipeError
-from training.files import digest_folder, sha256_json, write_json
+from training.files import digest_folder
 from training.handoff import TRACKER, FileRecord, Handoff, Refused
 from training.versions import versions
 
@@ -56,7 +57,7 @@ def run_merge(recipe: Recipe, stage: str, run_dir: Path) -> int:
     stage_dir = run_dir / "stages" / stage
     inputs = {name: _verified(name, run_dir) for name in recipe.merge[stage].inputs}
     weights = recipe.merge[stage].inputs
-    digest = sha256_json(
+    digest = digest_of(
         {"merge": recipe.merge[stage].model_dump(mode="json"), "inputs": {n: h.training_digest for n, h in inputs.items()}}
     )
     if _finished(recipe, stage, stage_dir, digest):
@@ -112,7 +113,7 @@ def run_export(recipe: Recipe, stage: str, run_dir: Path) -> int:
     if previous_stage is None:
         raise RecipeError(f"export '{stage}' is the first stage: there is nothing to export; put it after a phase")
     previous = _verified(previous_stage, run_dir)
-    digest = sha256_json({"export": settings.model_dump(mode="json"), "previous": previous.training_digest})
+    digest = digest_of({"export": settings.model_dump(mode="json"), "previous": previous.training_digest})
     if _finished(recipe, stage, stage_dir, digest):
         return 0
     source = run_dir / "stages" / previous_stage

@@ -17,10 +17,11 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from data_prep.files import digest_of, write_json
 from data_prep.manifest import DataError, HeldoutManifest, MixtureManifest
 from recipes.schema import Model, Recipe, Strict, describe
 from training.arguments import Load
-from training.files import compare_folder, sha256_json, write_json
+from training.files import compare_folder
 
 FORMAT = "quarry.handoff/1"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -127,7 +128,7 @@ class Decision:
 
 def training_digest(recipe: Recipe, stage: str, data_digest: str | None, previous: Handoff | None) -> str:
     phase = recipe.phase[stage].model_dump(mode="json", exclude=set(RESUMABLE_CHANGES))
-    return sha256_json(
+    return digest_of(
         {
             "model": recipe.model.model_dump(mode="json"),
             "phase": phase,

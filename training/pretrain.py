@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data_prep.files import write_json
 from recipes.schedules import learning_rate_function
 from recipes.schema import Recipe
 from training import fast_import
 from training.arguments import Load, add_granite_arguments, compile_phase
-from training.files import digest_folder, write_json
+from training.files import digest_folder
 from training.handoff import Drawn, FileRecord, Handoff, latest_step
 from training.versions import versions
 

@@ -145,7 +145,6 @@ from training import cpu_backend, cpu_optimizer, fast_import
 with fast_import.quick_imports():
     cpu_backend.install()
     import megatron.training
-    fast_import.hide_transformers()
 cpu_optimizer.install()
 fast_import.results_stay_in_process()
 import torch

@@ -1,0 +1,171 @@
+"""The whole smoke curriculum through `quarry launch`, as `make run` does it, with a rank killed on the way: raw text to a model that
+Hugging Face loads. One run; the tests look at what it left."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.indexed import Reader
+from data_prep.manifest import MixtureManifest, mixture_path
+from recipes.schema import Recipe
+
+pytestmark = pytest.mark.multirank
+
+QUARRY = Path(sys.executable).with_name("quarry")
+VICTIM = "annealing"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("smoke")
+
+
+def launch(home):
+    overrides = ["curriculum=smoke", "cluster=local", f"cluster.runs_root={home / 'runs'}", f"data.root={home / 'data'}"]
+    log = open(home / "launch.log", "a")  # noqa: SIM115 (the process keeps it)
+    return subprocess.Popen(
+        [str(QUARRY), "launch", *overrides, "--run", "smoke"], stdout=log, stderr=subprocess.STDOUT, cwd=home
+    )
+
+
+@pytest.fixture(scope="module")
+def run(home):
+    """A finished run; in the middle of VICTIM the last rank was killed with -9 and the same command given again."""
+    stages = home / "runs" / "smoke" / "stages"
+    first = launch(home)
+    wait_for(lambda: count_lines(stages / VICTIM / "metrics.jsonl") >= 45, first, home)
+    ranks = subprocess.run(["pgrep", "-f", f"training.stage .*--stage {VICTIM}"], capture_output=True, text=True, check=True)
+    os.kill(int(ranks.stdout.split()[-1]), signal.SIGKILL)
+    assert first.wait(timeout=120) != 0, "the chain must stop when a rank is killed"
+    assert not (stages / VICTIM / "handoff.json").exists()
+    assert not (stages / "long_32k").exists(), "nothing starts after a failed stage"
+    assert launch(home).wait(timeout=900) == 0, (home / "launch.log").read_text()[-5000:]
+    return home / "runs" / "smoke"
+
+
+def wait_for(condition, process, home, seconds=600):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, (home / "launch.log").read_text()[-5000:]
+        assert time.monotonic() < deadline, "too slow"
+        time.sleep(0.05)
+
+
+def count_lines(path):
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+def rows(run, stage, name="metrics.jsonl"):
+    return [json.loads(line) for line in (run / "stages" / stage / name).read_text().splitlines()]
+
+
+def handoff(run, stage):
+    return json.loads((run / "stages" / stage / "handoff.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def recipe(run):
+    return Recipe.read(run / "recipe.json")
+
+
+def test_every_stage_is_finished_and_every_step_is_there_once(run, recipe):
+    for stage in recipe.stages:
+        assert handoff(run, stage)["stage"] == stage
+    total = 0
+    for stage, phase in recipe.phase.items():
+        metrics = rows(run, stage)
+        assert [m["step"] for m in metrics] == list(range(1, phase.steps + 1))
+        assert metrics[0]["total_tokens"] - phase.tokens_per_step == total
+        total = metrics[-1]["total_tokens"]
+    assert total == recipe.total_tokens
+
+
+def test_each_handoff_changes_the_layout(run, recipe):
+    layouts = [json.dumps(handoff(run, stage)["layout"], sort_keys=True) for stage in recipe.phase]
+    assert all(a != b for a, b in itertools.pairwise(layouts))
+    worlds = {handoff(run, stage)["layout"]["gpus"] for stage in recipe.phase}
+    assert worlds == {1, 2, 4}
+
+
+def test_every_phase_learns_what_its_mixture_holds(run, recipe):
+    """Held-out loss weighted by the phase's own mixture falls in every phase; other categories may be forgotten by design."""
+    for stage, phase in recipe.phase.items():
+        start, end = (row["losses"] for row in rows(run, stage, "heldout.jsonl"))
+        shares = phase.mixture.shares_percent
+        before, after = (sum(shares[c] / 100 * losses[c] for c in shares) for losses in (start, end))
+        assert after < before, f"{stage}: {before} -> {after}"
+
+
+def test_the_final_model_knows_more_code_and_math_than_after_phase_1(run):
+    first, last = (handoff(run, stage)["heldout"] for stage in ("foundation", "final_annealing"))
+    for category in ("code", "math"):
+        assert last[category] < first[category] - 0.2, (category, first[category], last[category])
+
+
+def test_the_ledger_is_what_was_drawn(run, recipe):
+    """Recounted from Megatron's own blend indices, independently of the code that wrote the ledger."""
+    ledger = handoff(run, "export")["ledger"]
+    root = Path(recipe.data.root)
+    assert list(ledger) == list(recipe.phase)
+    for stage, phase in recipe.phase.items():
+        manifest = MixtureManifest.read(mixture_path(root, stage))
+        drawn = {source: values["samples"] for source, values in ledger[stage].items()}
+        assert sum(drawn.values()) == phase.samples
+        assert sum(values["tokens"] for values in ledger[stage].values()) == phase.tokens
+        (indices,) = (root / "cache" / stage / manifest.digest[:16]).glob("*BlendedDataset-train-dataset_index.npy")
+        counted = np.bincount(np.load(indices)[: phase.samples], minlength=len(manifest.sources))
+        assert dict(zip(manifest.sources, counted.tolist(), strict=True)) == drawn
+
+
+def test_no_document_is_in_two_phases_before_its_source_is_used_up(run, recipe):
+    root = Path(recipe.data.root)
+    seen: dict[str, set[int]] = {}
+    for stage in recipe.phase:
+        manifest = MixtureManifest.read(mixture_path(root, stage))
+        for source, view in manifest.sources.items():
+            offsets = Reader(root / view.prefix).index.offsets.tolist()
+            if view.epochs <= 1:
+                assert len(set(offsets)) == len(offsets)
+                assert not seen.setdefault(source, set()) & set(offsets)
+            seen.setdefault(source, set()).update(offsets)
+
+
+def test_transformers_loads_and_generates(run):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = run / "stages" / "export" / "hf"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("def main(", return_tensors="pt")
+    out = model.generate(**ids, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    assert out.shape[1] > ids["input_ids"].shape[1]
+    with torch.no_grad():
+        loss = model(**ids, labels=ids["input_ids"]).loss
+    assert loss < 7.0  # a random model has ln(2048) = 7.6
+    assert all(sample["completion"] for sample in json.loads((run / "stages" / "export" / "sample.json").read_text()))
+
+
+def test_the_report_and_the_status_tell_it(run):
+    assert (run / "report.html").stat().st_size > 20_000
+    status = subprocess.run([str(QUARRY), "status", str(run)], capture_output=True, text=True, check=True)
+    assert "final_annealing" in status.stdout
+
+
+def test_the_same_command_again_trains_nothing(run, home):
+    def times():
+        return {path.parent.name: path.stat().st_mtime_ns for path in run.glob("stages/*/handoff.json")}
+
+    before = times()
+    began = time.monotonic()
+    assert launch(home).wait(timeout=120) == 0
+    assert time.monotonic() - began < 30
+    assert times() == before
