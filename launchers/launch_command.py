@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
+
+from launchers.recipe_arguments import add_recipe_arguments
 
 EPILOG = """examples:
   quarry launch curriculum=smoke cluster=local              train the smoke curriculum here; the same command continues it
   quarry launch curriculum=smoke cluster=local --dryrun     show what would be started
   quarry launch --continue smoke-tiny                       go on with a run as recorded, also after the recipes have changed
-  quarry launch curriculum=smoke cluster=local --run second phase.foundation.steps=200
+  quarry launch curriculum=smoke cluster=local --run second phase.foundation.tokens=1e5 
                                                             another run, beside the first
 
 exit codes: 0 finished; 2 the command or recipe is wrong; 78 a stage refused its configuration or hand-off; 130/143 stopped by
@@ -27,9 +28,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="override", help="Hydra override, such as model=tiny or phase.foundation.steps=50"
-    )
+    add_recipe_arguments(parser, "model=tiny or phase.foundation.tokens=1e5")
     parser.add_argument(
         "--continue",
         dest="continued",
@@ -37,14 +36,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="go on with this run (a name under runs/, or a folder) as it was recorded, whatever the recipes say by now",
     )
     parser.add_argument("--run", dest="run_name", metavar="NAME", help="name of the run (default: from curriculum and model)")
-    parser.add_argument(
-        "--config-dir",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="folder with recipes of your own, put first on Hydra's search path; may be given several times",
-    )
     parser.add_argument("--from", dest="first", metavar="STAGE", help="begin with this stage; those before it must be finished")
     parser.add_argument("--to", dest="last", metavar="STAGE", help="stop after this stage")
     parser.add_argument("--dryrun", "--dry-run", action="store_true", help="print the commands of the stages and start nothing")

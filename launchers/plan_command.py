@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launchers.recipe_arguments import add_recipe_arguments
+
 if TYPE_CHECKING:
     from recipes.schema import Recipe
 
@@ -35,15 +37,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("overrides", nargs="*", metavar="override", help="Hydra override, such as model=granite_4_1_3b")
-    parser.add_argument(
-        "--config-dir",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="folder with recipes of your own, put first on Hydra's search path; may be given several times",
-    )
+    add_recipe_arguments(parser, "model=granite_4_1_3b")
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help=f"also draw the curriculum into FILE ({', '.join(PLOT_FORMATS)})"
     )

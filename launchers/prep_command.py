@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from launchers.recipe_arguments import add_recipe_arguments
 
 if TYPE_CHECKING:
     from recipes.schema import Recipe
@@ -26,15 +27,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("overrides", nargs="*", metavar="override", help="Hydra override, such as curriculum=smoke")
-    parser.add_argument(
-        "--config-dir",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="folder with recipes of your own, put first on Hydra's search path; may be given several times",
-    )
+    add_recipe_arguments(parser, "curriculum=smoke")
     parser.add_argument(
         "--dry-run", action="store_true", help="print tokens available and drawn, epochs and shares; write nothing"
     )

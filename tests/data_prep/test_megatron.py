@@ -8,10 +8,14 @@ from hypothesis import strategies as st
 from data_prep.indexed import Reader, Writer, optimal_dtype
 from data_prep.manifest import MixtureManifest, mixture_path
 from data_prep.plan import SURPLUS, samples_asked
+from training import cpu_backend
+
+cpu_backend.install()  # before Megatron is imported: test files share a process
+
+import megatron.core.datasets.indexed_dataset as megatron  # noqa: E402
+import torch  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
-torch = pytest.importorskip("torch")
 
 
 @settings(deadline=None, max_examples=60)

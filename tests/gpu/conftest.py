@@ -1,6 +1,7 @@
 """Tests that need an NVIDIA GPU with Transformer Engine: `pytest tests/gpu` on a GPU host. Elsewhere each is skipped with the reason."""
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ def missing() -> str | None:
 
 
 def pytest_collection_modifyitems(items):
+    """The hook sees the items of the whole session, not only those of this folder."""
+    here = Path(__file__).parent
     reason = missing()
-    for item in items:
+    for item in (i for i in items if here in i.path.parents):
         item.add_marker(pytest.mark.gpu)
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
