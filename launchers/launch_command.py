@@ -11,7 +11,7 @@ EPILOG = """examples:
   quarry launch curriculum=smoke cluster=local              train the smoke curriculum here; the same command continues it
   quarry launch curriculum=smoke cluster=local --dryrun     show what would be started
   quarry launch --continue smoke-tiny                       go on with a run as recorded, also after the recipes have changed
-  quarry launch curriculum=smoke cluster=local --run second phase.foundation.tokens=1e5 
+  quarry launch curriculum=smoke cluster=local --run second phase.foundation.tokens=1e5
                                                             another run, beside the first
 
 exit codes: 0 finished; 2 the command or recipe is wrong; 78 a stage refused its configuration or hand-off; 130/143 stopped by
