@@ -140,13 +140,22 @@ def training_digest(recipe: Recipe, stage: str, data_digest: str | None, previou
     )
 
 
-def resolve(recipe: Recipe, stage: str, run_dir: Path, mixture: MixtureManifest, heldout: HeldoutManifest) -> Decision:
+def resolve(
+    recipe: Recipe,
+    stage: str,
+    run_dir: Path,
+    mixture: MixtureManifest,
+    heldout: HeldoutManifest,
+    *,
+    verify_files: bool = True,
+) -> Decision:
     """First start, resume or finished, for the phase `stage`; raises Refused with everything that is wrong.
 
-    `mixture` and `heldout` are the manifests that the stage will read; their files are verified here against their digests.
+    `mixture` and `heldout` are the manifests that the stage will read; their files and those of the hand-off are verified here against
+    their digests, unless `verify_files` is False because another node of the same job does it.
     """
     stage_dir = run_dir / "stages" / stage
-    problems = [*_check_data(recipe, stage, mixture, heldout)]
+    problems = _check_data(recipe, stage, mixture, heldout, verify_files)
     previous_stage = recipe.previous(stage)
     previous = Handoff.read(run_dir / "stages" / previous_stage) if previous_stage else None
     digest = training_digest(recipe, stage, mixture.digest, previous)
@@ -179,10 +188,8 @@ def resolve(recipe: Recipe, stage: str, run_dir: Path, mixture: MixtureManifest,
         return Decision(kind="first_start", load=None, previous=None, training_digest=digest, reason="first stage")
     problems += _check_previous(recipe, stage, previous, mixture)
     previous_dir = run_dir / "stages" / previous_stage
-    problems += [
-        f"{p}; restore the checkpoint of stage '{previous_stage}' or train it again"
-        for p in previous.verify_files(previous_dir)
-    ]
+    damaged = previous.verify_files(previous_dir) if verify_files else []
+    problems += [f"{p}; restore the checkpoint of stage '{previous_stage}' or train it again" for p in damaged]
     _raise(stage, problems)
     assert previous.checkpoint is not None
     checkpoint = previous_dir / previous.checkpoint
@@ -213,7 +220,9 @@ def write_start(stage_dir: Path, decision: Decision) -> None:
     write_json(stage_dir / "start.json", {"training_digest": decision.training_digest, "reason": decision.reason})
 
 
-def _check_data(recipe: Recipe, stage: str, mixture: MixtureManifest, heldout: HeldoutManifest) -> list[str]:
+def _check_data(
+    recipe: Recipe, stage: str, mixture: MixtureManifest, heldout: HeldoutManifest, verify_files: bool
+) -> list[str]:
     phase = recipe.phase[stage]
     problems = []
     for key, expected, found in (
@@ -230,7 +239,7 @@ def _check_data(recipe: Recipe, stage: str, mixture: MixtureManifest, heldout: H
             f"the data's tokenizer has {mixture.tokenizer.vocab_size} entries, the model's vocab_size is {recipe.model.vocab_size}; "
             "use a model with at least as many rows"
         )
-    for manifest in (mixture, heldout):
+    for manifest in (mixture, heldout) if verify_files else ():
         try:
             manifest.verify(Path(recipe.data.root))
         except DataError as error:

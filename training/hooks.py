@@ -58,7 +58,7 @@ class PhaseHooks:
         self.model: list[Any] = []
         self.optimizer: Any = None
         self.scheduler: TokenScheduler | None = None
-        self.loaded_step = 0
+        self.loaded_step = self.last_logged_step = 0
         self.final_loss: float | None = None
 
     def install(self) -> None:
@@ -76,7 +76,7 @@ class PhaseHooks:
 
     def setup_model_and_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         self.model, self.optimizer, scheduler = self._setup(*args, **kwargs)
-        self.loaded_step = get_args().iteration
+        self.loaded_step = self.last_logged_step = get_args().iteration
         if is_last_rank():
             self.metrics.start(self.loaded_step)
         return self.model, self.optimizer, scheduler
@@ -125,37 +125,38 @@ class PhaseHooks:
         self, loss_dict: dict, total_loss_dict: dict, learning_rate: Any, iteration: int, *args: Any, **kwargs: Any
     ) -> Any:
         result = self._log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
-        if not is_last_rank():
-            return result
         megatron_args = get_args()
+        logged = iteration % megatron_args.log_interval == 0 or iteration == megatron_args.train_iters
+        if not is_last_rank() or not logged:
+            return result  # reading the loss waits for the GPU: not on steps that nobody looks at
         # Positional after `iteration`: loss_scale, report_memory_flag, skipped_iter, grad_norm.
         skipped, grad_norm = bool(args[2]), args[3]
         loss = float(loss_dict["lm loss"])
-        seconds = self.metrics.lap()
+        seconds = self.metrics.lap() / (iteration - self.last_logged_step)
+        self.last_logged_step = iteration
         if not math.isfinite(loss) and not skipped:
             raise SuspiciousResult(
                 f"training loss is {loss} at step {iteration} (gradient norm {grad_norm}); the last checkpoint is of step "
                 f"{latest_step(self.stage_dir / 'checkpoints')}: look at the data and the learning rate before resuming from it"
             )
         self.final_loss = loss
-        if iteration % megatron_args.log_interval == 0 or iteration == megatron_args.train_iters:
-            samples = megatron_args.consumed_train_samples
-            tokens = samples * megatron_args.seq_length
-            step_tokens = get_current_global_batch_size() * megatron_args.seq_length
-            self.metrics.append_step(
-                step=iteration,
-                consumed_samples=samples,
-                stage_tokens=tokens,
-                total_tokens=self.tokens_before + tokens,
-                loss=loss,
-                # The rate that this step was taken with; Megatron's scheduler has moved on already.
-                lr=self.learning_rate(tokens - step_tokens),
-                grad_norm=None if grad_norm is None else float(grad_norm),
-                seconds=seconds,
-                tokens_per_second=step_tokens / seconds if seconds else None,
-                skipped=skipped,
-                time=time.time(),
-            )
+        samples = megatron_args.consumed_train_samples
+        tokens = samples * megatron_args.seq_length
+        step_tokens = get_current_global_batch_size() * megatron_args.seq_length
+        self.metrics.append_step(
+            step=iteration,
+            consumed_samples=samples,
+            stage_tokens=tokens,
+            total_tokens=self.tokens_before + tokens,
+            loss=loss,
+            # The rate that this step was taken with; Megatron's scheduler has moved on already.
+            lr=self.learning_rate(tokens - step_tokens),
+            grad_norm=None if grad_norm is None else float(grad_norm),
+            seconds=seconds,
+            tokens_per_second=step_tokens / seconds if seconds else None,
+            skipped=skipped,
+            time=time.time(),
+        )
         return result
 
 

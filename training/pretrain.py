@@ -149,7 +149,9 @@ def run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, train
     if not dataset and data.reads_data():
         dataset[:] = [data.build_dataset(mixture, data_root, phase.samples)]
     # The loss of the last step lives on the last rank; after a resume with no step left it is in the log.
-    final_loss = torch.tensor([hooks.final_loss if hooks.final_loss is not None else math.nan], dtype=torch.float64)
+    final_loss = torch.tensor(
+        [math.nan if hooks.final_loss is None else hooks.final_loss], dtype=torch.float64, device=torch.cuda.current_device()
+    )
     torch.distributed.broadcast(final_loss, src=torch.distributed.get_world_size() - 1)
     if upstream.is_last_rank():
         hooks.metrics.append_heldout(

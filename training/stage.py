@@ -77,7 +77,8 @@ def run_phase(recipe: Recipe, stage: str, run_dir: Path) -> int:
     try:
         mixture = MixtureManifest.read(mixture_path(data_root, stage))
         heldout = HeldoutManifest.read(heldout_path(data_root))
-        decision = resolve(recipe, stage, run_dir, mixture, heldout)
+        # One node of a job reads all files; the others would only read them again.
+        decision = resolve(recipe, stage, run_dir, mixture, heldout, verify_files=os.environ.get("NODE_RANK", "0") == "0")
     except (DataError, Refused, RecipeError) as error:
         return refuse(error)
     print(f"stage '{stage}': {decision.kind} ({decision.reason}), verified in {time.monotonic() - began:.1f} s", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email
 import gettext
 import re
 from collections.abc import Iterable, Iterator
@@ -23,7 +24,8 @@ LICENCE_FILE = re.compile(r"(^|/)(LICEN[CS]E|COPYING|NOTICE)[^/]*$", re.IGNORECA
 def readmes() -> Iterator[Document]:
     """The long descriptions (usually the README) of the distributions, cut at their second-level headings when long."""
     for name in sorted(material.DISTRIBUTIONS, key=material.order_key):
-        raw = material.distribution(name).metadata.get_payload()
+        # Parsed here: what `metadata` returns depends on whether the importlib_metadata backport was imported in this process.
+        raw = email.message_from_string(material.distribution(name).read_text("METADATA") or "").get_payload()
         text = material.clean(raw.encode("utf-8", "surrogateescape")) if isinstance(raw, str) else None
         if text is None:
             continue

@@ -26,8 +26,6 @@ with fast_import.quick_imports():
     from model import builder
     from model.convert import Description
 
-    fast_import.hide_transformers()
-
 
 def main(checkpoints: Path, ids_path: Path, output: Path) -> None:
     described = Description.find(checkpoints)

@@ -118,7 +118,9 @@ RULES: dict[str, Rule] = {
         "smoke",
         {
             "phase.long_32k.parallel.virtual_pipeline": 2,
+            "phase.long_32k.parallel.micro_batch_samples": 1,
             "phase.long_32k.global_batch_samples": 7,
+            "phase.long_32k.steps": 20,
             "phase.long_32k.tokens": 35840,
         },
         "phase.long_32k.global_batch_samples",
@@ -128,7 +130,11 @@ RULES: dict[str, Rule] = {
     ),
     "VPP and the held-out batch": (
         "smoke",
-        {"phase.long_32k.parallel.virtual_pipeline": 2, "data.heldout_batch_samples": 15},
+        {
+            "phase.long_32k.parallel.virtual_pipeline": 2,
+            "phase.long_32k.parallel.micro_batch_samples": 1,
+            "data.heldout_batch_samples": 15,
+        },
         "data.heldout_batch_samples",
         "15",
         "15 micro batches per rank",
@@ -136,7 +142,7 @@ RULES: dict[str, Rule] = {
     ),
     "length by 2 x CP": (
         "smoke",
-        {"phase.long_128k.seq_length_tokens": 514, "phase.long_128k.tokens": 41120},
+        {"phase.long_128k.seq_length_tokens": 514, "phase.long_128k.steps": 20, "phase.long_128k.tokens": 41120},
         "phase.long_128k.seq_length_tokens",
         "514",
         "2 x context 2",

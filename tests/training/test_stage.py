@@ -33,7 +33,12 @@ def run(body, *, ranks=2, send=None):
 
 
 def test_ranks_have_torchruns_environment():
-    code, output = run('print(rank, os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"], flush=True)\nreturn 0', ranks=3)
+    body = """
+        line = " ".join([str(rank), os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]]) + chr(10)
+        os.write(1, line.encode())  # one call: lines of several ranks do not mix
+        return 0
+        """
+    code, output = run(body, ranks=3)
     assert code == 0
     assert sorted(output.split("\n"))[1:] == ["0 3 0", "1 3 1", "2 3 2"]
 
