@@ -138,11 +138,14 @@ def test_no_document_is_in_two_phases_before_its_source_is_used_up(run, recipe):
             seen.setdefault(source, set()).update(offsets)
 
 
-def test_transformers_loads_and_generates(run):
+def test_transformers_loads_and_generates(run, recipe):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = run / "stages" / "export" / "hf"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["max_position_embeddings"] == max(p.seq_length_tokens for p in recipe.phase.values())
+    assert config["rope_theta"] == recipe.phase["final_annealing"].rope_base
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("def main(", return_tensors="pt")

@@ -275,13 +275,15 @@ def write_model_json(recipe: Recipe, stage: str, stage_dir: Path, tokenizer: dic
     """What is needed to read the stage's checkpoints without the recipe (see model/convert.py)."""
     phase = recipe.phase[stage]
     path = Path(recipe.data.root) / tokenizer["path"]
+    so_far = recipe.stages[: recipe.stages.index(stage) + 1]
     write_json(
         stage_dir / "model.json",
         {
             "format": "quarry.model/1",
             "model": recipe.model.model_dump(mode="json"),
             "rope_base": phase.rope_base,
-            "max_position_tokens": phase.seq_length_tokens,
+            # What the model has been trained on up to here: an annealing at a shorter length does not take long context back.
+            "max_position_tokens": max(recipe.phase[s].seq_length_tokens for s in so_far if s in recipe.phase),
             "tokenizer": {**tokenizer, "path": str(path.resolve())},
         },
     )
