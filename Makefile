@@ -31,5 +31,5 @@ lint: $(STAMP)  ## ruff: rules and format
 lock: $(STAMP)  ## resolve requirements.lock anew
 	bash scripts/lock.sh $(VENV)
 
-clean:  ## remove what runs and tests left (keeps .venv)
-	rm -rf runs outputs .pytest_cache .ruff_cache .hypothesis build *.egg-info
+clean:  ## remove caches and build folders (keeps .venv and runs/)
+	rm -rf outputs .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -22,6 +22,6 @@ else
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.lock
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 fi
-# Byte code now, all cores, instead of during the first run.
+# Byte code now, on all cores, instead of during the first run. Some packages ship templates that are no Python: those do not matter.
 "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null 2>&1 || true
 echo "environment ready: $venv ($("$venv/bin/python" --version))"

@@ -106,7 +106,7 @@ def test_it_learns_and_the_position_starts_anew(undisturbed):
     assert rows[0]["loss"] < fresh - 0.3
 
 
-@pytest.mark.parametrize("layout", ["single", "dp2", "pp2"])
+@pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_kill_and_the_same_command_again(base, undisturbed, layout):
     run = fork_run(base, f"killed-{layout}", layout)
     process = start(run, "second")
