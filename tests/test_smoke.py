@@ -168,7 +168,5 @@ def test_the_same_command_again_trains_nothing(run, home):
         return {path.parent.name: path.stat().st_mtime_ns for path in run.glob("stages/*/handoff.json")}
 
     before = times()
-    began = time.monotonic()
     assert launch(home).wait(timeout=120) == 0
-    assert time.monotonic() - began < 30
     assert times() == before

@@ -6,7 +6,6 @@ import io
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -130,10 +129,8 @@ def test_refusals():
 def test_the_command_prints_one_argument_a_line_without_torch(tmp_path):
     compose(["curriculum=smoke"]).write(tmp_path / "recipe.json")
     command = [sys.executable, "-X", "importtime", "-m", "training.arguments", "--recipe", str(tmp_path / "recipe.json")]
-    began = time.monotonic()
     done = subprocess.run([*command, "--stage", "long_32k"], capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 5
     assert "--pipeline-model-parallel-size 2" in done.stdout.splitlines()
     assert not [line for line in done.stderr.splitlines() if line.split("|")[-1].strip() in ("torch", "megatron", "hydra")]
     wrong = subprocess.run([*command, "--stage", "nothing"], capture_output=True, text=True, env=dict(os.environ))
