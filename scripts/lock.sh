@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:-.venv}
 uv=$(command -v uv || echo "$venv/bin/uv")
-UV_PYTHON_DOWNLOADS=never "$uv" pip compile --quiet --python "$venv/bin/python" --extra dev --no-emit-index-url --no-emit-find-links \
-  --no-header --output-file requirements.lock.new pyproject.toml
+UV_PYTHON_DOWNLOADS=never "$uv" pip compile --quiet --python "$venv/bin/python" --extra dev --no-header \
+  --output-file requirements.lock.new pyproject.toml
 { echo "# Resolved from pyproject.toml (base and dev) by \`make lock\`; do not edit."; cat requirements.lock.new; } > requirements.lock
 rm requirements.lock.new

@@ -183,6 +183,11 @@ def run_torchrun(recipe: Recipe, stage: str, run_dir: Path, load: str | None, di
     world = recipe.phase[stage].parallel.gpus
     if world % nodes:
         return refuse(RecipeError(f"phase.{stage}.parallel.gpus is {world}, which {nodes} nodes (NNODES) do not divide"))
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if nodes > 1 and missing:
+        return refuse(
+            RecipeError(f"NNODES is {nodes} but {' and '.join(missing)} not set: the nodes cannot meet; set them in the job")
+        )
     command = [
         *(sys.executable, "-m", "torch.distributed.run"),
         *("--nproc-per-node", str(world // nodes), "--nnodes", str(nodes), "--node-rank", os.environ.get("NODE_RANK", "0")),

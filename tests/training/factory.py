@@ -1,5 +1,6 @@
 """A run of two small phases on generated token data, for tests that start real ranks."""
 
+import json
 import os
 import subprocess
 import sys
@@ -195,6 +196,24 @@ def save_before_the_first_step():
     PhaseHooks.train = save_at_once
     code = stage.main(["--run-dir", str(run), "--stage", "second"])
     sys.exit(0 if code == stage.REQUEUE else 1)
+
+
+def start_with_torchrun():
+    """Main of a process of its own: stage `second` of the run in argv[1] by torchrun, as on GPUs, though its ranks are on the CPU."""
+    from training import stage
+    from training.handoff import resolve, write_start
+    from training.pretrain import write_model_json
+
+    run = Path(sys.argv[1])
+    recipe = Recipe.read(run / "recipe.json")
+    root = Path(recipe.data.root)
+    mixture = MixtureManifest.read(mixture_path(root, "second"))
+    decision = resolve(recipe, "second", run, mixture, HeldoutManifest.read(heldout_path(root)))
+    stage_dir = run / "stages" / "second"
+    write_start(stage_dir, decision)
+    write_model_json(recipe, "second", stage_dir, mixture.tokenizer.model_dump(mode="json"))
+    load = {"checkpoints": str(decision.load.checkpoints), "step": decision.load.step, "resume": decision.load.resume}
+    sys.exit(stage.run_torchrun(recipe, "second", run, json.dumps(load), decision.training_digest))
 
 
 def read_checkpoint(stage_dir):

@@ -15,6 +15,7 @@ import time
 import pytest
 
 from tests.training.factory import STEPS, make_data, make_recipe, start, start_stage
+from training.stage import run_torchrun
 
 pytestmark = pytest.mark.multirank
 
@@ -123,6 +124,31 @@ def test_kill_and_the_same_command_again(base, undisturbed, layout):
     # a third start finds it finished and does nothing
     assert start_stage(run, "second") == 0
     assert exact(metrics(run)) == exact(metrics(undisturbed(layout)))
+
+
+def test_torchrun_trains_the_same_as_forked_ranks(base, undisturbed):
+    """The way that GPUs are started, down to the last bit."""
+    run = fork_run(base, "torchrun", "dp2")
+    program = "from tests.training.factory import start_with_torchrun; start_with_torchrun()"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, str(run)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert exact(metrics(run)) == exact(metrics(undisturbed("dp2")))
+    assert heldout(run) == heldout(undisturbed("dp2"))
+
+
+def test_several_nodes_without_a_meeting_point_are_refused(base, monkeypatch, capsys):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NNODES", "2")
+    recipe = make_recipe(base / "data", LAYOUTS["dp2"], "dp2")
+    assert run_torchrun(recipe, "second", base, None, "") == 78
+    assert "MASTER_ADDR and MASTER_PORT not set" in capsys.readouterr().err
+    monkeypatch.setenv("NNODES", "3")
+    assert run_torchrun(recipe, "second", base, None, "") == 78
+    assert "3 nodes (NNODES) do not divide" in capsys.readouterr().err
 
 
 def test_kill_between_the_last_save_and_the_handoff(base, undisturbed):
