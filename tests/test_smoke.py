@@ -157,6 +157,26 @@ def test_transformers_loads_and_generates(run, recipe):
     assert all(sample["completion"] for sample in json.loads((run / "stages" / "export" / "sample.json").read_text()))
 
 
+def test_hugging_face_measures_the_held_out_losses_that_were_handed_off(run, recipe):
+    """The exported model in transformers, over the same sequences: evaluation, hand-off and export all agree."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    root = Path(recipe.data.root)
+    model = AutoModelForCausalLM.from_pretrained(run / "stages" / "export" / "hf", dtype=torch.float32)
+    length = recipe.data.heldout_seq_length_tokens
+    recorded = handoff(run, "final_annealing")["heldout"]
+    for category in ("code", "math", "multilingual"):
+        reader = Reader(root / "heldout" / category)
+        stream = np.concatenate([reader[i] for i in range(len(reader))]).astype(np.int64)
+        count = min(recipe.data.heldout_batch_samples, (len(stream) - 1) // length)
+        rows = torch.from_numpy(np.stack([stream[i * length : (i + 1) * length + 1] for i in range(count)]))
+        with torch.no_grad():
+            logits = model(rows[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        assert abs(loss.item() - recorded[category]) < 1e-5, category
+
+
 def test_the_report_and_the_status_tell_it(run):
     assert (run / "report.html").stat().st_size > 20_000
     status = subprocess.run([str(QUARRY), "status", str(run)], capture_output=True, text=True, check=True)
