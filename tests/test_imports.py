@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,10 +102,13 @@ def run_light(arguments: list[str]) -> tuple[float, str]:
         f"heavy = sorted({HEAVY | {'nemo_run', 'transformers'}!r} & set(sys.modules))\n"
         "sys.exit(f'imported {heavy}' if heavy else code)"
     )
-    begun = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    # An empty folder: `launch --dryrun` looks at the runs below the current one, and a developer's own may be of an older recipe.
+    with tempfile.TemporaryDirectory() as folder:
+        begun = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=folder, timeout=60)
+        seconds = time.monotonic() - begun
     assert done.returncode == 0, done.stderr
-    return time.monotonic() - begun, done.stdout
+    return seconds, done.stdout
 
 
 @pytest.mark.parametrize(

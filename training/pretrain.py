@@ -14,6 +14,7 @@ from recipes.schedules import learning_rate_function
 from recipes.schema import Recipe
 from training import fast_import
 from training.arguments import Load, add_granite_arguments, compile_phase
+from training.exit_codes import FINISHED, REFUSED
 from training.files import digest_folder
 from training.handoff import Drawn, FileRecord, Handoff, latest_step
 from training.versions import versions
@@ -24,9 +25,6 @@ GATE_NATS = {"fp32": 1e-4, "bf16": 2e-2}
 
 # A merge may cost this much before training mends it [assumed: averages of neighbouring checkpoints usually gain].
 MERGE_GATE_NATS = 0.5
-
-FINISHED = 0
-REFUSED = 78
 
 
 class LossGate(RuntimeError):

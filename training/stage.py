@@ -25,10 +25,7 @@ from types import FrameType
 
 from recipes.schema import Recipe, RecipeError
 from training import fast_import
-
-FINISHED = 0
-REQUEUE = 75
-REFUSED = 78
+from training.exit_codes import FINISHED, REFUSED, REQUEUE
 
 # After the first rank died the others wait in a collective for it; gloo notices in milliseconds, so this is generous.
 GRACE_SECONDS = 10.0

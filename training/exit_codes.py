@@ -1,0 +1,8 @@
+"""How a stage ended, told to whoever started it by its exit code (`launchers/policy.py` acts on these)."""
+
+FINISHED = 0
+"""Done, also when it had been done before; or, from a rank, saved after a signal or at a time limit."""
+REQUEUE = 75
+"""EX_TEMPFAIL: saved and to be resumed."""
+REFUSED = 78
+"""EX_CONFIG: a configuration or hand-off is wrong; starting again changes nothing."""
