@@ -64,7 +64,7 @@ def check(recipe: Recipe) -> None:
             raise DataError(f"{key}.builder is {source.builder!r}; the builders are {', '.join(sorted(corpus.BUILDERS))}")
         if source.kind != "builtin" and not source.paths:
             raise DataError(
-                f"{key}.paths is empty; name files or glob patterns (jsonl), or one prefix without .bin/.idx (indexed)"
+                f"{key}.paths is empty; name files or glob patterns (files), or one prefix without .bin/.idx (indexed)"
             )
     if data.tokenizer.vocab_size > recipe.model.vocab_size:
         raise DataError(
@@ -273,7 +273,7 @@ def _documents(root: Path, name: str, source: Source) -> Iterator[tokenize.Text 
 
 
 def source_paths(name: str, source: Source) -> list[Path]:
-    """Files of a jsonl source, or the .bin and .idx of an indexed one; DataError for a pattern that matches none."""
+    """Files of a source, or the .bin and .idx of an indexed one; DataError for a pattern that matches none."""
     found: set[str] = set()
     if source.kind == "indexed":
         if len(source.paths) != 1:
@@ -285,7 +285,7 @@ def source_paths(name: str, source: Source) -> list[Path]:
         missing = [path for path in sorted(found) if not Path(path).is_file()]
         if missing:
             raise DataError(f"data.sources.{name}.paths: {missing[0]} does not exist; name the prefix of a .bin/.idx pair")
-    for pattern in source.paths if source.kind == "jsonl" else ():
+    for pattern in source.paths if source.kind == "files" else ():
         matched = glob.glob(pattern, recursive=True)
         if not matched:
             raise DataError(
@@ -316,7 +316,7 @@ class Content:
     """Equal for equal text."""
     size_bytes: int
     files: list[InputFile]
-    """Kinds jsonl and indexed."""
+    """Kinds files and indexed."""
 
 
 def _content(root: Path, name: str, source: Source) -> Content:

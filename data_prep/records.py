@@ -40,7 +40,7 @@ class CorpusRecord(Record):
 
 
 class InputFile(Strict):
-    """A file of a source of kind jsonl or indexed, as it was when it was read."""
+    """A file of a source of kind files or indexed, as it was when it was read."""
 
     path: str
     mtime_ns: int
@@ -81,4 +81,4 @@ class TokenizedRecord(Record):
     empty_documents: Count
     quarantined_lines: Count
     files: list[InputFile]
-    """Kinds jsonl and indexed."""
+    """Kinds files and indexed."""

@@ -14,24 +14,18 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
+
+from recipes.cleaning import Cleaning
+from recipes.fields import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict
 
 RESOLVED_FORMAT = "quarry.recipe/1"
-
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be trained as it stands; the message names key, value, rule and a value that would pass."""
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Model(Strict):
@@ -210,13 +204,20 @@ class Source(Strict):
     category: str
     weight: PositiveFloat = 1.0
     """Share of its category relative to the category's other sources."""
-    kind: Literal["builtin", "jsonl", "indexed"]
-    """builtin: made from what this installation has (data_prep/corpus); jsonl: files with a text key; indexed: a .bin/.idx pair."""
+    kind: Literal["builtin", "files", "indexed"]
+    """builtin: made from what this installation has (data_prep/corpus); files: JSON lines (plain, gz, zst) or Parquet with a text
+    key; indexed: a .bin/.idx pair."""
     builder: str | None = None
     """Name of the builder (kind builtin)."""
     paths: list[str] = []
-    """Files or glob patterns (jsonl), or one prefix without .bin/.idx (indexed)."""
+    """Files or glob patterns (files), or one prefix without .bin/.idx (indexed)."""
     text_key: str = "text"
+    concatenate: Literal["repositories"] | None = None
+    """repositories: the files are source files of repositories; each repository becomes one document, its files in dependency order."""
+    repository_key: str = "repo_name"
+    """Key of a line that names its repository (concatenate)."""
+    path_key: str = "path"
+    """Key of a line that gives the file's path inside its repository (concatenate)."""
     max_bytes: PositiveInt | None = None
     """Cap on the text taken from this source (builtin)."""
 
@@ -224,7 +225,8 @@ class Source(Strict):
 class Tokenizer(Strict):
     kind: Literal["sentencepiece", "huggingface"]
     path: str | None = None
-    """Existing .model file or tokenizer folder; None: train a SentencePiece model on the data (byte fallback BPE)."""
+    """Existing .model file or tokenizer folder; None: train one on the mixture of the first phase (sentencepiece: BPE with byte
+    fallback; huggingface: byte-level BPE)."""
     vocab_size: PositiveInt
     """Entries of the tokenizer, at most the model's vocab_size."""
     train_max_bytes: PositiveInt | None = None
@@ -236,6 +238,8 @@ class Data(Strict):
     """Folder that holds the tokenizer, the tokenized sources, the held-out sets and the views."""
     sources: dict[str, Source]
     tokenizer: Tokenizer
+    cleaning: Cleaning | None = None
+    """What is filtered, deduplicated, masked and decontaminated before tokenizing; None: nothing."""
     heldout_percent: PositiveFloat
     """Documents of each source kept out of training, chosen by a hash of their content."""
     heldout_max_tokens: PositiveInt

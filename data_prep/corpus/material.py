@@ -80,7 +80,7 @@ def distribution(name: str) -> importlib.metadata.Distribution:
     except importlib.metadata.PackageNotFoundError:
         raise DataError(
             f"the built-in corpus reads the distribution '{name}', which is not installed here; without it the corpus would differ "
-            "from other machines'. Run `make setup` (it installs requirements.lock), or use sources of kind jsonl"
+            "from other machines'. Run `make setup` (it installs requirements.lock), or use sources of kind files"
         ) from None
 
 

@@ -46,9 +46,9 @@ def phase(name, *, steps=10, length=32, batch=4, shares=None, min_document_token
 
 
 def recipe(folder, *, phases=None, sources=None, seed=1, **data):
-    """Three phases over four jsonl sources below `folder`/raw; keys of `data` replace those of the recipe's data."""
+    """Three phases over four sources of files below `folder`/raw; keys of `data` replace those of the recipe's data."""
     sources = sources or {
-        name: {"category": category, "kind": "jsonl", "paths": [str(folder / "raw" / f"{name}.jsonl")]}
+        name: {"category": category, "kind": "files", "paths": [str(folder / "raw" / f"{name}.jsonl")]}
         for name, category in CATEGORY.items()
     }
     phases = phases or {name: phase(name) for name in SHARES}

@@ -242,7 +242,7 @@ RULES: dict[str, Rule] = {
         {"data.sources.books.paths": []},
         "data.sources.books.paths",
         "[]",
-        "kind jsonl needs it",
+        "kind files needs it",
         "e.g. [",
     ),
 }
