@@ -10,8 +10,9 @@ import numpy as np
 from data_prep import plan, views
 from data_prep.errors import DataError
 from data_prep.indexed import idx_path
-from data_prep.prepare import check, source_paths
+from data_prep.prepare import check
 from data_prep.records import TokenizedRecord
+from data_prep.sources import source_paths
 from recipes.schema import Recipe
 
 BYTES_PER_TOKEN = 3.0
