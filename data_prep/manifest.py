@@ -106,8 +106,8 @@ class ViewSource(TokenFiles):
     """Of the whole source, cumulative over the curriculum to the end of this phase."""
 
 
-class _Manifest(Strict):
-    """Common to both kinds: read, write, digest."""
+class Signed(Strict):
+    """A JSON file that carries the digest of its own content: read, write, check."""
 
     FORMAT: ClassVar[str]
 
@@ -139,7 +139,7 @@ class _Manifest(Strict):
         write_json(path, self.model_dump(mode="json"))
 
 
-class MixtureManifest(_Manifest):
+class MixtureManifest(Signed):
     """The data of one phase."""
 
     FORMAT: ClassVar[str] = "quarry.mixture/1"
@@ -176,7 +176,7 @@ class HeldoutSet(TokenFiles):
     tokens: Count
 
 
-class HeldoutManifest(_Manifest):
+class HeldoutManifest(Signed):
     """Held-out sets, one per category; no phase trains on their documents."""
 
     FORMAT: ClassVar[str] = "quarry.heldout/1"
