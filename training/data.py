@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.datasets.blended_dataset import BlendedDataset
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
-from megatron.training import get_args, get_tokenizer
 
+from data_prep.index_caches import cache_path
 from data_prep.manifest import MixtureManifest
+from training.blend import PhaseDataset, blended
 
 # BlendedDataset adds a dataset_id of another shape, which context parallelism cannot slice.
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
@@ -28,33 +27,16 @@ def reads_data(vp_stage: int | None = None) -> bool:
     )
 
 
-def build_dataset(manifest: MixtureManifest, data_root: Path, samples: int, vp_stage: int | None = None) -> Any:
-    """Megatron's data set over the phase's views; every tensor-parallel rank maps the files itself, so no batch is broadcast.
+def load_dataset(manifest: MixtureManifest, data_root: Path, vp_stage: int | None = None) -> PhaseDataset | None:
+    """Megatron's data set over the phase's views, with the index cache that `quarry prep` built; builds nothing.
 
-    Returns None on ranks that read no data.
+    Every tensor-parallel rank maps the files itself, so no batch is broadcast. Returns None on ranks that read no data.
     """
-    args = get_args()
-    config = GPTDatasetConfig(
-        random_seed=args.seed,
-        sequence_length=args.seq_length,
-        blend_per_split=[
-            ([str(data_root / s.prefix) for s in manifest.sources.values()], [s.weight for s in manifest.sources.values()]),
-            None,
-            None,
-        ],
-        # Megatron keys its index caches by path; data prepared anew under the same name must not meet the old index.
-        path_to_cache=str(data_root / "cache" / manifest.phase / manifest.digest[:16]),
-        tokenizer=get_tokenizer(),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
-    train, _, _ = BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: reads_data(vp_stage), config).build()
-    return train
+    cache = cache_path(data_root, manifest)
+    return blended(manifest, data_root, cache, build=False, needed_here=lambda: reads_data(vp_stage))
 
 
-def count_drawn(dataset: Any, manifest: MixtureManifest, consumed_samples: int) -> dict[str, dict[str, int]]:
+def count_drawn(dataset: PhaseDataset, manifest: MixtureManifest, consumed_samples: int) -> dict[str, dict[str, int]]:
     """What the first `consumed_samples` samples of `dataset` were drawn from: {source: {"samples", "tokens"}}, exactly."""
     names = list(manifest.sources)
     if isinstance(dataset, BlendedDataset):

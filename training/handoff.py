@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from data_prep.files import digest_of, write_json
+from data_prep.index_caches import verify_cache
 from data_prep.manifest import DataError, HeldoutManifest, MixtureManifest
 from recipes.schema import Model, Recipe, Strict, describe
 from training.arguments import Load
@@ -229,6 +230,7 @@ def _check_data(
         ("phase", stage, mixture.phase),
         ("seq_length_tokens", phase.seq_length_tokens, mixture.seq_length_tokens),
         ("samples", phase.samples, mixture.samples),
+        ("seed", recipe.seed, mixture.seed),
     ):
         if expected != found:
             problems.append(
@@ -244,6 +246,10 @@ def _check_data(
             manifest.verify(Path(recipe.data.root))
         except DataError as error:
             problems.append(str(error))
+    try:
+        verify_cache(Path(recipe.data.root), mixture, read_files=verify_files)
+    except DataError as error:
+        problems.append(str(error))
     return problems
 
 

@@ -119,7 +119,7 @@ def run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, train
     def provide_data(train_valid_test_samples: Any, vp_stage: int | None = None) -> tuple[Any, None, None]:
         if hooks.loaded_step >= args.train_iters:
             return None, None, None  # killed between the last save and the hand-off: nothing to train, Megatron skips the loop
-        train = data.build_dataset(mixture, data_root, phase.samples, vp_stage)
+        train = data.load_dataset(mixture, data_root, vp_stage)
         if train is not None:
             dataset[:] = [train]
         return train, None, None
@@ -145,7 +145,7 @@ def run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, train
 
     losses = evaluate(hooks)
     if not dataset and data.reads_data():
-        dataset[:] = [data.build_dataset(mixture, data_root, phase.samples)]
+        dataset[:] = [data.load_dataset(mixture, data_root)]
     # The loss of the last step lives on the last rank; after a resume with no step left it is in the log.
     final_loss = torch.tensor(
         [math.nan if hooks.final_loss is None else hooks.final_loss], dtype=torch.float64, device=torch.cuda.current_device()

@@ -63,6 +63,7 @@ def refuse(error: Exception) -> int:
 
 
 def run_phase(recipe: Recipe, stage: str, run_dir: Path) -> int:
+    from data_prep.index_caches import RECORD_NAME, IndexCache, cache_path
     from data_prep.manifest import DataError, HeldoutManifest, MixtureManifest, heldout_path, mixture_path
     from training.handoff import Refused, resolve, write_start
     from training.pretrain import write_model_json
@@ -71,16 +72,20 @@ def run_phase(recipe: Recipe, stage: str, run_dir: Path) -> int:
     stage_dir.mkdir(parents=True, exist_ok=True)
     data_root = Path(recipe.data.root)
     began = time.monotonic()
+    # One node of a job reads all files; the others would only read them again.
+    first_node = os.environ.get("NODE_RANK", "0") == "0"
     try:
         mixture = MixtureManifest.read(mixture_path(data_root, stage))
         heldout = HeldoutManifest.read(heldout_path(data_root))
-        # One node of a job reads all files; the others would only read them again.
-        decision = resolve(recipe, stage, run_dir, mixture, heldout, verify_files=os.environ.get("NODE_RANK", "0") == "0")
+        decision = resolve(recipe, stage, run_dir, mixture, heldout, verify_files=first_node)
     except (DataError, Refused, RecipeError) as error:
         return refuse(error)
     print(f"stage '{stage}': {decision.kind} ({decision.reason}), verified in {time.monotonic() - began:.1f} s", flush=True)
     if decision.kind == "finished":
         return FINISHED
+    cache = IndexCache.read(cache_path(data_root, mixture) / RECORD_NAME)
+    how = "verified" if first_node else "sizes checked, verified by the first node"
+    print(f"index cache: {cache.summary()}, {how}, none built", flush=True)
     if decision.kind == "first_start":
         write_start(stage_dir, decision)
     write_model_json(recipe, stage, stage_dir, mixture.tokenizer.model_dump(mode="json"))

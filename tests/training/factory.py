@@ -160,6 +160,17 @@ def make_data(root):
             tokenizer=tokenizer,
             sources=sources,
         ).write(mixture_path(root, name))
+    build_caches(root)
+
+
+def build_caches(root):
+    """The index caches of both phases, by the command that `quarry prep` starts."""
+    make_recipe(root, {"gpus": 1}, "single").write(root / "recipe.json")
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "training.index_cache", "--recipe", str(root / "recipe.json")],
+        check=True,
+        capture_output=True,
+    )
 
 
 def start(run, stage):

@@ -20,6 +20,7 @@ def manifest(stage="second", **changes):
         "phase": stage,
         "seq_length_tokens": numbers["seq_length_tokens"],
         "samples": numbers["steps"] * numbers["global_batch_samples"],
+        "seed": 7,
         "digest": f"data of {stage}",
         "tokenizer": SimpleNamespace(sha256="t" * 64, vocab_size=256),
         "verify": lambda root: None,
@@ -29,6 +30,12 @@ def manifest(stage="second", **changes):
 
 def altered(root):
     raise DataError("views/second/code.bin was altered: SHA-256 abc, recorded def; run `quarry prep` again")
+
+
+@pytest.fixture(autouse=True)
+def cache_is_there(monkeypatch):
+    """tests/training/test_index_cache.py has the real ones."""
+    monkeypatch.setattr("training.handoff.verify_cache", lambda root, mixture, read_files: None)
 
 
 @pytest.fixture
@@ -196,10 +203,18 @@ def test_refuses_altered_data(recipe, run):
         decide(recipe, run, verify=altered)
 
 
-@pytest.mark.parametrize(("key", "value"), [("phase", "first"), ("seq_length_tokens", 64), ("samples", 1)])
+@pytest.mark.parametrize(("key", "value"), [("phase", "first"), ("seq_length_tokens", 64), ("samples", 1), ("seed", 8)])
 def test_refuses_data_of_another_phase(recipe, run, key, value):
     with pytest.raises(Refused, match=f"were prepared with {key} {value}.*run `quarry prep` again"):
         decide(recipe, run, **{key: value})
+
+
+def test_refuses_to_start_without_the_index_cache(recipe, run, monkeypatch):
+    from data_prep.index_caches import verify_cache
+
+    monkeypatch.setattr("training.handoff.verify_cache", verify_cache)
+    with pytest.raises(Refused, match="phase 'second' has no index cache .*quarry prep"):
+        decide(recipe, run)
 
 
 def test_refuses_tokens_that_the_recipe_does_not_train(recipe, run):
