@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from data_prep.cache_job import build_caches
 from data_prep.errors import DataError
 from data_prep.prepare import prepare
 from data_prep.progress import Shown
@@ -20,7 +21,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--recipe", type=Path, required=True, help="recipe.json as `quarry launch` writes it")
     args = parser.parse_args(arguments)
     try:
-        prepare(Recipe.read(args.recipe), progress=Shown())
+        recipe, progress = Recipe.read(args.recipe), Shown()
+        prepare(recipe, progress=progress)
+        build_caches(recipe, progress=progress)
     except (DataError, RecipeError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return EXIT_REFUSED

@@ -44,10 +44,13 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         _show_plan(recipe)
         return 0
+    from data_prep.cache_job import build_caches
     from data_prep.prepare import prepare
     from data_prep.progress import Shown
 
-    prepare(recipe, progress=Shown())
+    progress = Shown()
+    prepare(recipe, progress=progress)
+    build_caches(recipe, progress=progress)
     print(f"data of '{recipe.name}' is ready in {recipe.data.root}")
     return 0
 
