@@ -16,6 +16,8 @@ import pytest
 from data_prep.indexed import Reader
 from data_prep.manifest import MixtureManifest, mixture_path
 from recipes.schema import Recipe
+from tests.training import recount
+from training import recorder
 
 pytestmark = pytest.mark.multirank
 
@@ -32,7 +34,11 @@ def launch(home):
     overrides = ["curriculum=smoke", "cluster=local", f"cluster.runs_root={home / 'runs'}", f"data.root={home / 'data'}"]
     log = open(home / "launch.log", "a")  # noqa: SIM115 (the process keeps it)
     return subprocess.Popen(
-        [str(QUARRY), "launch", *overrides, "--run", "smoke"], stdout=log, stderr=subprocess.STDOUT, cwd=home
+        [str(QUARRY), "launch", *overrides, "--run", "smoke"],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        cwd=home,
+        env={**os.environ, recorder.VARIABLE: "1"},
     )
 
 
@@ -110,19 +116,24 @@ def test_the_final_model_knows_more_code_and_math_than_after_phase_1(run):
         assert last[category] < first[category] - 0.2, (category, first[category], last[category])
 
 
-def test_the_ledger_is_what_was_drawn(run, recipe):
-    """Recounted from Megatron's own blend indices, independently of the code that wrote the ledger."""
+def test_the_ledger_equals_a_recount_of_the_samples_that_were_trained_on(run, recipe):
+    """From what the ranks recorded of their batches, across the kill and the resume; tokens by digest from the views themselves."""
     ledger = handoff(run, "export")["ledger"]
     root = Path(recipe.data.root)
     assert ledger.keys() == recipe.phase.keys()
     for stage, phase in recipe.phase.items():
         manifest = MixtureManifest.read(mixture_path(root, stage))
-        drawn = {source: values["samples"] for source, values in ledger[stage].items()}
-        assert sum(drawn.values()) == phase.samples
+        assert recount.recounted(run / "stages" / stage, manifest) == ledger[stage]
         assert sum(values["tokens"] for values in ledger[stage].values()) == phase.tokens
-        (indices,) = (root / "cache" / stage / manifest.digest[:16]).glob("*BlendedDataset-train-dataset_index.npy")
-        counted = np.bincount(np.load(indices)[: phase.samples], minlength=len(manifest.sources))
-        assert dict(zip(manifest.sources, counted.tolist(), strict=True)) == drawn
+        recount.check_samples(run / "stages" / stage, root, manifest)
+    attempts = {path.name.split("_")[1] for path in (run / "stages" / VICTIM / recorder.FOLDER).iterdir()}
+    assert len(attempts) == 2, "the kill and the resume are part of what was recounted"
+
+
+def test_no_index_was_built_by_a_training_start(run, recipe):
+    for stage in recipe.phase:
+        log = (run / "stages" / stage / "log.txt").read_text()
+        assert log.count("index cache: ") == log.count("verified, none built") == (2 if stage == VICTIM else 1)
 
 
 def test_no_document_is_in_two_phases_before_its_source_is_used_up(run, recipe):

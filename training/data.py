@@ -14,6 +14,10 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from data_prep.index_caches import cache_path
 from data_prep.manifest import MixtureManifest
 from training.blend import PhaseDataset, blended
+from training.recorder import SampleRecorder
+
+recorder: SampleRecorder | None = None
+"""Told of every micro batch that is trained on; None unless that was asked for. Megatron's own state is process-global, too."""
 
 # BlendedDataset adds a dataset_id of another shape, which context parallelism cannot slice.
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
@@ -56,5 +60,7 @@ def get_batch(data_iterator: Any, vp_stage: int | None = None) -> dict[str, torc
     if not reads_data(vp_stage):
         return dict.fromkeys(BATCH_KEYS)
     sample = next(data_iterator)
+    if recorder is not None and mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage):
+        recorder.add(sample)  # before context parallelism cuts the sequence
     batch: dict[str, Any] = {key: sample[key].cuda(non_blocking=True) for key in BATCH_KEYS}
     return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())

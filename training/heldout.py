@@ -79,10 +79,12 @@ def evaluate(
     losses: dict[str, float] = {}
     # On CPU one large micro batch is fastest; on a GPU the recipe's micro batch is what is known to fit.
     micro = min(8, samples_per_category) if args.distributed_backend == "gloo" else args.micro_batch_size
+    # The interleaved schedule takes micro batches in groups of one per pipeline rank.
+    step = micro * (mpu.get_pipeline_model_parallel_world_size() if len(model) > 1 else 1)
     try:
         for category, entry in manifest.categories.items():
             rows = read_sequences(data_root / entry.prefix, samples_per_category, length)
-            per_rank = -(-len(rows) // (dp_size * micro)) * micro
+            per_rank = -(-len(rows) // (dp_size * step)) * step
             padded = np.full((per_rank * dp_size, length + 1), -1, dtype=np.int64)
             padded[: len(rows)] = rows
             own = padded[dp_rank::dp_size]

@@ -7,7 +7,7 @@ megatron.training is no stable API, so all of it is here and the version is pinn
   own `--override-ckpt-iteration` refuses when the batch size changes, and a load takes betas and epsilon from the checkpoint;
 - `save_checkpoint`: never a second save of the same step; old checkpoints go once a newer one is whole;
 - `training_log`: exact metrics of every logged step;
-- `train`: held-out losses before the first step;
+- `train`: held-out losses before the first step, and the recorder of samples where it is asked for;
 - `setup_model_and_optimizer`: keeps hold of the model for the held-out losses at the end.
 """
 
@@ -26,6 +26,7 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 from megatron.training import get_args, print_rank_0
 from megatron.training.utils import is_last_rank
 
+from training import data, recorder
 from training.handoff import latest_step
 from training.metrics import MetricsLog
 from training.scheduler import TokenScheduler
@@ -118,13 +119,20 @@ class PhaseHooks:
 
     def train(self, forward_step_func: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         self.before_training(self)
+        if recorder.asked_for():
+            data.recorder = recorder.SampleRecorder(self.stage_dir, self.loaded_step)
         self.metrics.start_clock()
-        return self._train(forward_step_func, model, *args, **kwargs)
+        try:
+            return self._train(forward_step_func, model, *args, **kwargs)
+        finally:
+            data.recorder = None  # what follows are held-out samples
 
     def training_log(
         self, loss_dict: dict, total_loss_dict: dict, learning_rate: Any, iteration: int, *args: Any, **kwargs: Any
     ) -> Any:
         result = self._log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
+        if data.recorder is not None:
+            data.recorder.commit(iteration, skipped=bool(args[2]))
         megatron_args = get_args()
         logged = iteration % megatron_args.log_interval == 0 or iteration == megatron_args.train_iters
         if not is_last_rank() or not logged:

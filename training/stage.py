@@ -131,6 +131,7 @@ def run_forked(ranks: int, rank_main: Callable[[], int]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
     first_failure = 0
+    by_signal = killing = False
     deadline: float | None = None
     while running:
         pid, status = os.waitpid(-1, os.WNOHANG)
@@ -138,17 +139,20 @@ def run_forked(ranks: int, rank_main: Callable[[], int]) -> int:
             if deadline is not None and time.monotonic() > deadline:
                 for left in running:
                     os.kill(left, signal.SIGKILL)
-                deadline = None
+                deadline, killing = None, True
             time.sleep(0.02)
             continue
         rank = running.pop(pid)
         code = os.waitstatus_to_exitcode(status)
-        if code != 0 and first_failure == 0:
+        # A rank that a signal from outside ended is the cause, even where another, whose connection broke by it, is seen first.
+        from_outside = code < 0 and -code != signal.SIGTERM and not killing and not by_signal
+        if (code != 0 and first_failure == 0) or from_outside:
+            by_signal = code < 0
             # 128 + n for a signal, as shells say it
             first_failure = code if code > 0 else 128 - code
             reason = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
             print(f"rank {rank} ended with {reason}; ending the other {len(running)}", file=sys.stderr, flush=True)
-            deadline = time.monotonic() + GRACE_SECONDS
+            deadline = deadline or time.monotonic() + GRACE_SECONDS
             for left in running:
                 os.kill(left, signal.SIGTERM)
     return first_failure

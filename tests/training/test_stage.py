@@ -60,6 +60,19 @@ def test_when_a_rank_is_killed_the_others_end_too():
     assert time.monotonic() - began < 30
 
 
+def test_the_rank_that_was_killed_is_the_cause_even_when_another_ends_first():
+    """A broken connection ends a rank within milliseconds; the killed one, with all its memory, may take longer to be gone."""
+    body = """
+        if rank == 0:
+            return 1
+        signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        time.sleep(60)
+        """
+    code, output = run(body)
+    assert code == 128 + signal.SIGKILL
+    assert output.index("rank 0 ended with exit code 1") < output.index("rank 1 ended with signal SIGKILL")
+
+
 def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace():
     body = "signal.signal(signal.SIGTERM, signal.SIG_IGN) if rank == 0 else sys.exit(3)\ntime.sleep(60)"
     began = time.monotonic()
