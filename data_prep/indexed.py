@@ -5,6 +5,8 @@ sequence count S, uint64 document count D+1, int32[S] lengths in tokens, int64[S
 .bin is the tokens and nothing else. A *view* is an .idx whose offsets select documents of another .bin, in any order, repeats allowed.
 
 Quarry writes one sequence per document, so that the bounds are 0..S.
+
+Indexes are mapped, never loaded: that of ten billion documents has 200 GB, and most readers want a part of it.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ from data_prep.files import atomic_write
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER_BYTES = 34
+REMEDY = "make it again with `quarry prep`"
+PART_ENTRIES = 1 << 20
+"""Entries of an index that are looked at in one piece: 8 MB of offsets."""
 UINT16_BELOW = 65_500
 """Megatron's threshold: vocabularies below it are stored as uint16, all others as int32."""
 DTYPE_CODES: dict[int, type[np.number]] = {
@@ -71,7 +76,11 @@ class Index:
     @property
     def end_bytes(self) -> int:
         """Bytes that the .bin must have at least."""
-        return int((self.offsets + self.lengths.astype(np.int64) * self.dtype.itemsize).max(initial=0))
+        ends = (
+            (self.offsets[part] + self.lengths[part].astype(np.int64) * self.dtype.itemsize).max(initial=0)
+            for part in parts(len(self.lengths))
+        )
+        return int(max(ends, default=0))
 
     def select(self, documents: np.ndarray) -> Index:
         """A view of these documents (int64 [N], repeats allowed); only for one sequence per document."""
@@ -88,43 +97,94 @@ class Index:
 
     @classmethod
     def read(cls, path: Path) -> Index:
-        """Read and check an .idx; DataError names the file and what is wrong with it."""
-        remedy = "make it again with `quarry prep`"
-        try:
-            raw = path.read_bytes()
-        except FileNotFoundError:
-            raise DataError(f"{path}: no such index; {remedy}") from None
-        if len(raw) < HEADER_BYTES or raw[:9] != MAGIC:
-            raise DataError(
-                f"{path}: {len(raw)} bytes that begin with {raw[:9]!r}, not with {MAGIC!r}: no Megatron index; {remedy}"
-            )
-        version, code, sequences, bounds = struct.unpack("<QBQQ", raw[9:HEADER_BYTES])
-        if version != 1 or code not in DTYPE_CODES:
-            raise DataError(f"{path}: version {version}, dtype code {code}; expected version 1 and a code of 1 to 8; {remedy}")
-        expected = HEADER_BYTES + 12 * sequences + 8 * bounds
-        if len(raw) != expected:
-            raise DataError(
-                f"{path}: {len(raw)} bytes, its header promises {expected} ({sequences} sequences): truncated; {remedy}"
-            )
-        lengths = np.frombuffer(raw, "<i4", sequences, HEADER_BYTES)
-        offsets = np.frombuffer(raw, "<i8", sequences, HEADER_BYTES + 4 * sequences)
-        ends = np.frombuffer(raw, "<i8", bounds, HEADER_BYTES + 12 * sequences)
-        index = cls(np.dtype(DTYPE_CODES[code]), lengths, offsets, ends)
-        index._check(path, remedy)
+        """Map and check an .idx; DataError names the file and what is wrong with it."""
+        index = cls.map(path)
+        index._check(path, REMEDY)
         return index
 
+    @classmethod
+    def map(cls, path: Path) -> Index:
+        """As `read`, looking only at the header and the size: for files that a digest has already vouched for."""
+        try:
+            size = path.stat().st_size
+            with open(path, "rb") as f:
+                header = f.read(HEADER_BYTES)
+        except FileNotFoundError:
+            raise DataError(f"{path}: no such index; {REMEDY}") from None
+        if len(header) < HEADER_BYTES or header[:9] != MAGIC:
+            raise DataError(
+                f"{path}: {size} bytes that begin with {header[:9]!r}, not with {MAGIC!r}: no Megatron index; {REMEDY}"
+            )
+        version, code, sequences, bounds = struct.unpack("<QBQQ", header[9:])
+        if version != 1 or code not in DTYPE_CODES:
+            raise DataError(f"{path}: version {version}, dtype code {code}; expected version 1 and a code of 1 to 8; {REMEDY}")
+        expected = HEADER_BYTES + 12 * sequences + 8 * bounds
+        if size != expected:
+            raise DataError(
+                f"{path}: {size} bytes, its header promises {expected} ({sequences} sequences): truncated; {REMEDY}"
+            )
+        raw = np.memmap(path, dtype=np.uint8, mode="r")
+        return cls(
+            np.dtype(DTYPE_CODES[code]),
+            np.frombuffer(raw, "<i4", sequences, HEADER_BYTES),
+            np.frombuffer(raw, "<i8", sequences, HEADER_BYTES + 4 * sequences),
+            np.frombuffer(raw, "<i8", bounds, HEADER_BYTES + 12 * sequences),
+        )
+
     def _check(self, path: Path, remedy: str) -> None:
+        bounds, lengths, offsets = self.bounds, self.lengths, self.offsets
         if (
-            len(self.bounds) == 0
-            or self.bounds[0] != 0
-            or self.bounds[-1] != len(self.lengths)
-            or (np.diff(self.bounds) < 0).any()
+            len(bounds) == 0
+            or bounds[0] != 0
+            or bounds[-1] != len(lengths)
+            or any((bounds[p][1:] < bounds[p][:-1]).any() for p in parts(len(bounds), overlap=1))
         ):
-            raise DataError(f"{path}: document bounds do not run from 0 to {len(self.lengths)} sequences; {remedy}")
-        if (self.lengths < 0).any():
-            raise DataError(f"{path}: sequence {int(np.argmax(self.lengths < 0))} has a negative length; {remedy}")
-        if (self.offsets < 0).any() or (self.offsets % self.dtype.itemsize).any():
-            raise DataError(f"{path}: an offset is negative or no multiple of {self.dtype.itemsize} bytes; {remedy}")
+            raise DataError(f"{path}: document bounds do not run from 0 to {len(lengths)} sequences; {remedy}")
+        for part in parts(len(lengths)):
+            if (lengths[part] < 0).any():
+                first = part.start + int(np.argmax(lengths[part] < 0))
+                raise DataError(f"{path}: sequence {first} has a negative length; {remedy}")
+            if (offsets[part] < 0).any() or (offsets[part] % self.dtype.itemsize).any():
+                raise DataError(f"{path}: an offset is negative or no multiple of {self.dtype.itemsize} bytes; {remedy}")
+
+
+def parts(count: int, overlap: int = 0) -> Iterator[slice]:
+    """0..count in slices of PART_ENTRIES, each followed by the first `overlap` entries of the next."""
+    for start in range(0, count, PART_ENTRIES):
+        yield slice(start, min(count, start + PART_ENTRIES + overlap))
+
+
+class IndexWriter:
+    """Writes the .idx of a known number of sequences piece by piece, one sequence per document, in constant memory."""
+
+    def __init__(self, file: IO[bytes], dtype: np.dtype, sequences: int) -> None:
+        self._file, self.sequences, self.written = file, sequences, 0
+        self._put(0, np.frombuffer(MAGIC + struct.pack("<QBQQ", 1, CODES[dtype], sequences, sequences + 1), np.uint8))
+
+    def add(self, lengths: np.ndarray, offsets: np.ndarray) -> None:
+        """The next sequences: lengths [n] in tokens, offsets [n] in bytes."""
+        self._put(HEADER_BYTES + 4 * self.written, lengths.astype("<i4", copy=False))
+        self._put(HEADER_BYTES + 4 * self.sequences + 8 * self.written, offsets.astype("<i8", copy=False))
+        self.written += len(lengths)
+
+    def finish(self) -> None:
+        assert self.written == self.sequences, f"{self.written} sequences written, {self.sequences} announced"
+        for part in parts(self.sequences + 1):
+            position = HEADER_BYTES + 12 * self.sequences + 8 * part.start
+            self._put(position, np.arange(part.start, part.stop, dtype="<i8"))
+
+    def _put(self, position: int, array: np.ndarray) -> None:
+        self._file.seek(position)
+        self._file.write(np.ascontiguousarray(array).data)
+
+
+@contextlib.contextmanager
+def index_writer(path: Path, dtype: np.dtype, sequences: int) -> Iterator[IndexWriter]:
+    """An IndexWriter whose file appears when `with` ends without an exception."""
+    with atomic_write(path) as f:
+        writer = IndexWriter(f, dtype, sequences)
+        yield writer
+        writer.finish()
 
 
 class Reader:
