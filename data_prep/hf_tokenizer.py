@@ -16,9 +16,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data_prep.chat_template import CHAT_TEMPLATE
 from data_prep.errors import DataError
 from data_prep.files import write_bytes, write_json
-from data_prep.tokenizer import UNKNOWN, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from data_prep.special_tokens import ROLES, SP_UNKNOWN
+from data_prep.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 
 SPACE = "▁"
 """SentencePiece's U+2581, which stands for a space inside pieces."""
@@ -37,9 +39,20 @@ def write(tokenizer: Tokenizer, folder: Path) -> None:
         raise DataError(
             f"a tokenizer of kind '{tokenizer.kind}' cannot be written for transformers; use sentencepiece or huggingface"
         )
-    write_bytes(folder / "tokenizer.json", json.dumps(_convert(tokenizer), ensure_ascii=False, indent=1).encode() + b"\n")
     names = {key: piece for key, piece in _named(tokenizer).items() if piece}
-    extra = [piece for piece in tokenizer.special_ids if piece not in names.values()]
+    write_config(folder, names, tuple(tokenizer.special_ids))
+    write_bytes(folder / "tokenizer.json", json.dumps(_convert(tokenizer), ensure_ascii=False, indent=1).encode() + b"\n")
+
+
+def write_config(folder: Path, names: dict[str, str], special: tuple[str, ...]) -> None:
+    """Write what transformers reads beside tokenizer.json; the chat template where the special tokens have roles.
+
+    `names` maps eos_token, pad_token ... to tokens; `special` are all special tokens.
+    """
+    extra = [piece for piece in special if piece not in names.values()]
+    write_json(folder / "special_tokens_map.json", {**names, "additional_special_tokens": extra})
+    if set(ROLES) <= set(special):
+        write_bytes(folder / "chat_template.jinja", CHAT_TEMPLATE.encode())
     write_json(
         folder / "tokenizer_config.json",
         {
@@ -52,7 +65,6 @@ def write(tokenizer: Tokenizer, folder: Path) -> None:
             "tokenizer_class": "PreTrainedTokenizerFast",
         },
     )
-    write_json(folder / "special_tokens_map.json", {**names, "additional_special_tokens": extra})
 
 
 def _named(tokenizer: SentencePieceTokenizer) -> dict[str, str | None]:
@@ -119,7 +131,7 @@ def _convert(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
         "model": {
             "type": "BPE",
             "dropout": None,
-            "unk_token": UNKNOWN if UNKNOWN in vocabulary else special[0][1],
+            "unk_token": SP_UNKNOWN if SP_UNKNOWN in vocabulary else special[0][1],
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
             "fuse_unk": True,

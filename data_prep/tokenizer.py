@@ -1,4 +1,4 @@
-"""One small interface over SentencePiece models and Hugging Face tokenizers, and the training of a SentencePiece model.
+"""One small interface over SentencePiece models and Hugging Face tokenizers.
 
 Control tokens (end of text, roles) never come out of a document's text: a document that spells `<|end_of_text|>` gets ordinary pieces.
 They enter training data only where code puts them.
@@ -6,26 +6,16 @@ They enter training data only where code puts them.
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from data_prep.errors import DataError
-from data_prep.files import file_sha256, write_bytes
+from data_prep.files import file_sha256
 
-UNKNOWN, BEGIN, END, PAD = "<unk>", "<|start_of_text|>", "<|end_of_text|>", "<pad>"
-ROLES = ("<|start_of_role|>", "<|end_of_role|>")
-"""Granite's chat markers; part of vocabularies that have room for them."""
-ROLES_FROM_VOCAB = 1024
-BYTES = 256
-TRAINING_VERSION = 1
-"""Of sample() and train(); raise it when the same text would give another model."""
-SAMPLE_DOCUMENT_CHARS = 16_000
-"""Of one document at most this much goes into the training sample, so that a few long ones do not fill it."""
 HF_END_CANDIDATES = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>")
 HF_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
             "vocab.json", "merges.txt")  # fmt: skip
@@ -186,82 +176,6 @@ def load_tokenizer(path: Path, kind: str | None = None) -> Tokenizer:
     if kind not in (None, found):
         raise DataError(f"{path} looks like a {found} tokenizer, data.tokenizer.kind says {kind}; change the one or the other")
     return SentencePieceTokenizer(path) if found == "sentencepiece" else HuggingFaceTokenizer(path)
-
-
-def sample(documents: Iterable[str], max_bytes: int) -> Iterator[str]:
-    """Documents, each cut to SAMPLE_DOCUMENT_CHARS, up to `max_bytes` of UTF-8 in all."""
-    total = 0
-    for text in documents:
-        text = text[:SAMPLE_DOCUMENT_CHARS]
-        total += len(text.encode())
-        if total > max_bytes:
-            return
-        yield text
-
-
-def train(texts: Sequence[str], vocab_size: int, destination: Path) -> None:
-    """Train a byte-fallback BPE model on `texts` and write it to `destination`, atomically; the same texts give the same bytes.
-
-    No normalisation at all: identity, no dummy prefix, white space kept, so that code survives. Line breaks may be inside of
-    pieces. Characters get pieces of their own while they fit into a quarter of the vocabulary, most frequent first; the rest are bytes.
-    """
-    import sentencepiece
-
-    control = list(ROLES) if vocab_size >= ROLES_FROM_VOCAB else []
-    reserved = BYTES + 4 + len(control)
-    if vocab_size < reserved + 64:
-        raise DataError(
-            f"data.tokenizer.vocab_size is {vocab_size}: 256 bytes and {reserved - BYTES} special tokens leave too little; "
-            f"use at least {reserved + 64}"
-        )
-    # SentencePiece drops a sentence with a tab, and joins nothing over a NUL: cut there. Tabs get their piece by required_chars.
-    pieces = [part for text in texts for part in text.replace("\0", "\t").split("\t") if part]
-    if not pieces:
-        raise DataError(
-            "there is no text to train the tokenizer on: the sources of the first phase are empty; check data.sources"
-        )
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(pieces),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            required_chars="\t",
-            character_coverage=_coverage(pieces, max(64, (vocab_size - reserved) // 4)),
-            max_sentence_length=1 << 30,
-            control_symbols=control,
-            unk_id=0, bos_id=1, eos_id=2, pad_id=3,
-            unk_piece=UNKNOWN, bos_piece=BEGIN, eos_piece=END, pad_piece=PAD,
-            num_threads=1,  # more threads do not change the result, one makes that plain
-            minloglevel=2,
-        )  # fmt: skip
-    except RuntimeError as error:
-        size = sum(len(piece.encode()) for piece in pieces)
-        raise DataError(
-            f"SentencePiece cannot make {vocab_size} pieces of {size} bytes of text ({error}); raise data.tokenizer.train_max_bytes, "
-            "give the first phase's sources more text, or lower data.tokenizer.vocab_size"
-        ) from None
-    write_bytes(destination, model.getvalue())
-
-
-def _coverage(texts: Sequence[str], characters: int) -> float:
-    """The share of all characters that the `characters` most frequent ones make up (SentencePiece's character_coverage)."""
-    from collections import Counter
-
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(text)
-    ordered = sorted(counts.values(), reverse=True)
-    if len(ordered) <= characters:
-        return 1.0
-    return min(1.0, sum(ordered[:characters]) / sum(ordered))
 
 
 def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

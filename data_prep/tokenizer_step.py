@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from data_prep import plan, tokenizer
+from data_prep import plan, tokenizer, tokenizer_training
 from data_prep.errors import DataError
 from data_prep.files import digest_of, write_bytes
 from data_prep.manifest import TokenizerRecord
@@ -25,14 +25,11 @@ def make_tokenizer(
     target = folder / "tokenizer.model" if spec.kind == "sentencepiece" else folder
     record = TokenizerFile.read_if_valid(folder / "record.json")
     if spec.path is None:
-        if spec.kind != "sentencepiece":
-            raise DataError(
-                "data.tokenizer.path is null, and only SentencePiece models are trained here; set the path, or kind=sentencepiece"
-            )
         budgets = _training_budgets(recipe)
         inputs = digest_of(
             {
-                "version": tokenizer.TRAINING_VERSION,
+                "version": tokenizer_training.TRAINING_VERSION,
+                "kind": spec.kind,
                 "vocab_size": spec.vocab_size,
                 "sample": {name: [size, contents[name].identity] for name, size in budgets.items()},
             }
@@ -50,7 +47,7 @@ def make_tokenizer(
                     write_bytes(target if spec.kind == "sentencepiece" else folder / file.name, file.read_bytes())
             else:
                 texts, taken = _training_sample(recipe, root, budgets)
-                tokenizer.train(texts, spec.vocab_size, target)
+                tokenizer_training.train(texts, spec.kind, spec.vocab_size, target)
                 done(sum(taken.values()))
         loaded = tokenizer.load_tokenizer(target, spec.kind)
         record = TokenizerFile(
@@ -106,7 +103,9 @@ def _training_sample(recipe: Recipe, root: Path, budgets: dict[str, int]) -> tup
     taken: dict[str, int] = {}
     for name, budget in budgets.items():
         part = list(
-            tokenizer.sample((d.text for d in documents(root, name, recipe.data.sources[name]) if isinstance(d, Text)), budget)
+            tokenizer_training.sample(
+                (d.text for d in documents(root, name, recipe.data.sources[name]) if isinstance(d, Text)), budget
+            )
         )
         taken[name] = sum(len(text.encode()) for text in part)
         texts += part

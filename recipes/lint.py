@@ -199,13 +199,9 @@ def data_rules(recipe: Recipe) -> Iterator[Problem]:
     if data.tokenizer.vocab_size > recipe.model.vocab_size:
         rule = f"the tokenizer has more entries than model {recipe.model.name} has embedding rows ({recipe.model.vocab_size})"
         yield Problem("data.tokenizer.vocab_size", data.tokenizer.vocab_size, rule, f"at most {recipe.model.vocab_size}")
-    if data.tokenizer.kind == "huggingface" and not data.tokenizer.path:
-        yield Problem(
-            "data.tokenizer.path",
-            None,
-            "a huggingface tokenizer is read from a folder",
-            "give the folder of its tokenizer.json",
-        )
+    if data.tokenizer.path is None and data.tokenizer.train_max_bytes is None:
+        rule = "without a path a tokenizer is trained, on this much text"
+        yield Problem("data.tokenizer.train_max_bytes", None, rule, "e.g. 1000000000, or set data.tokenizer.path")
     for name, source in data.sources.items():
         needs = "builder" if source.kind == "builtin" else "paths"
         if not getattr(source, needs):

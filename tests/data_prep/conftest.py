@@ -4,7 +4,8 @@ import pytest
 
 from data_prep.corpus import build
 from data_prep.prepare import prepare
-from data_prep.tokenizer import load_tokenizer, train
+from data_prep.tokenizer import load_tokenizer
+from data_prep.tokenizer_training import train
 from tests.data_prep import helpers
 
 
@@ -13,8 +14,21 @@ def trained(tmp_path_factory):
     """A SentencePiece model of 1,200 pieces on code and translated text."""
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     texts = [d.text for builder in ("package_code", "message_catalogues") for d in build(builder, 300_000)]
-    train(texts, 1200, path)
+    train(texts, "sentencepiece", 1200, path)
     return load_tokenizer(path)
+
+
+@pytest.fixture(scope="session")
+def byte_level(tmp_path_factory):
+    """A byte-level BPE of 9,000 entries, with all of Granite's named tokens, on code and translated text."""
+    folder = tmp_path_factory.mktemp("byte_level")
+    train(
+        (d.text for builder in ("package_code", "message_catalogues") for d in build(builder, 500_000)),
+        "huggingface",
+        9000,
+        folder,
+    )
+    return load_tokenizer(folder)
 
 
 @pytest.fixture(scope="session")

@@ -240,7 +240,6 @@ def test_refusals_of_sources(folder, change, message):
             r"category 'code': \d+ held-out tokens .* an evaluation reads 8001 .* raise data.heldout_percent",
         ),
         ({"max_epochs": 0.01}, "data.max_epochs is 0.01"),
-        ({"tokenizer": {"kind": "huggingface", "path": None, "vocab_size": 400}}, "only SentencePiece models are trained here"),
         ({"tokenizer": {"kind": "sentencepiece", "path": None, "vocab_size": 400}}, "train_max_bytes is null"),
         (
             {"tokenizer": {"kind": "sentencepiece", "path": None, "vocab_size": 4000, "train_max_bytes": 10}},

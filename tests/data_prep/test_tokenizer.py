@@ -1,4 +1,4 @@
-"""Tokenizers: text survives, control tokens cannot be smuggled in, training is repeatable, transformers gives the same ids."""
+"""SentencePiece tokenizers: text survives, control tokens cannot be smuggled in, transformers gives the same ids."""
 
 import json
 
@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.corpus import build
 from data_prep.errors import DataError
-from data_prep.tokenizer import END, ROLES, load_tokenizer, sample, train, write_hf_tokenizer
+from data_prep.special_tokens import END, ROLES
+from data_prep.tokenizer import load_tokenizer, write_hf_tokenizer
 
 SPECIAL = ["<unk>", "<|start_of_text|>", "<|end_of_text|>", "<pad>", *ROLES]
 # Runs and near repetitions are where the order of merges could differ; the rest is any Unicode.
@@ -35,30 +35,6 @@ def test_special_ids(trained):
     assert trained.special_ids == {name: number for number, name in enumerate(SPECIAL)}
     assert trained.eod_id == trained.special_ids[END] == 2
     assert trained.vocab_size == 1200
-
-
-def test_training_is_repeatable_and_keeps_line_breaks(tmp_path):
-    texts = [d.text for d in build("stdlib_code", 60_000)]
-    for name in "ab":
-        train(texts, 400, tmp_path / name)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    small = load_tokenizer(tmp_path / "a")
-    assert any("\n" in small.processor.id_to_piece(i) and len(small.processor.id_to_piece(i)) > 1 for i in range(400))
-    assert len(small.encode("\t")) == 1
-    assert ROLES[0] not in small.special_ids  # no room in a vocabulary this small
-
-
-def test_too_small_a_vocabulary_and_no_text_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"vocab_size is 300: .* use at least 324"):
-        train(["text"], 300, tmp_path / "a")
-    with pytest.raises(DataError, match="no text to train"):
-        train([], 400, tmp_path / "a")
-    with pytest.raises(DataError, match=r"cannot make 2000 pieces of 23 bytes .* raise data.tokenizer.train_max_bytes"):
-        train(["too little text for it\n"], 2000, tmp_path / "a")
-
-
-def test_the_sample_cuts_long_documents_and_stops(trained):
-    assert [len(t) for t in sample(["a" * 50_000, "b" * 10, "c" * 10], 16_015)] == [16_000, 10]
 
 
 @pytest.fixture(scope="module")

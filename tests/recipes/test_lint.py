@@ -221,13 +221,13 @@ RULES: dict[str, Rule] = {
         "more entries than model tiny has embedding rows",
         "at most 2048",
     ),
-    "huggingface tokenizer without a folder": (
+    "tokenizer to train on nobody knows how much text": (
         "five_phase",
         {"data.tokenizer.path": None},
-        "data.tokenizer.path",
+        "data.tokenizer.train_max_bytes",
         "None",
-        "read from a folder",
-        "tokenizer.json",
+        "without a path a tokenizer is trained",
+        "set data.tokenizer.path",
     ),
     "builtin source without a builder": (
         "smoke",
