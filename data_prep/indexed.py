@@ -161,10 +161,10 @@ class IndexWriter:
         self._file, self.sequences, self.written = file, sequences, 0
         self._put(0, np.frombuffer(MAGIC + struct.pack("<QBQQ", 1, CODES[dtype], sequences, sequences + 1), np.uint8))
 
-    def add(self, lengths: np.ndarray, offsets: np.ndarray) -> None:
-        """The next sequences: lengths [n] in tokens, offsets [n] in bytes."""
-        self._put(HEADER_BYTES + 4 * self.written, lengths.astype("<i4", copy=False))
-        self._put(HEADER_BYTES + 4 * self.sequences + 8 * self.written, offsets.astype("<i8", copy=False))
+    def put(self, sequence: int, lengths: np.ndarray, offsets: np.ndarray) -> None:
+        """Sequences from number `sequence` on: lengths [n] in tokens, offsets [n] in bytes; each once, in any order."""
+        self._put(HEADER_BYTES + 4 * sequence, lengths.astype("<i4", copy=False))
+        self._put(HEADER_BYTES + 4 * self.sequences + 8 * sequence, offsets.astype("<i8", copy=False))
         self.written += len(lengths)
 
     def finish(self) -> None:
@@ -174,8 +174,9 @@ class IndexWriter:
             self._put(position, np.arange(part.start, part.stop, dtype="<i8"))
 
     def _put(self, position: int, array: np.ndarray) -> None:
-        self._file.seek(position)
-        self._file.write(np.ascontiguousarray(array).data)
+        if array.size:
+            self._file.seek(position)
+            self._file.write(np.ascontiguousarray(array).data)
 
 
 @contextlib.contextmanager

@@ -1,29 +1,47 @@
-"""The mixture planner: which documents of which source each phase may see, and the refusals before a token is spent.
+"""The mixture planner: what each phase takes of each source, and the refusals before a token is spent.
 
-A phase's data set is read by Megatron's BlendedDataset, which asks source i for ceil(ceil(samples * weight_i) * 1.005) samples
-(megatron/core/datasets/blended_megatron_dataset_builder.py, _get_size_per_split_per_dataset; surplus is GPTDatasetConfig's
-mid_level_dataset_surplus) and begins a second epoch of a data set that is too short. A view therefore holds at least that many
-samples of tokens and one more token (the last label).
+A phase's data set is read by Megatron's BlendedDataset (data_prep/shares.py), which begins a second epoch of a view that is too short.
+A view therefore holds at least as many samples of tokens as the blend asks for, and one more token (the last label).
 
-Documents are dealt in the order of a hash of (seed, source, epoch, document), phase after phase: no document comes twice before its
-source is used up; then the next epoch begins in a new order. The order of documents that stay does not change when a source grows.
+The sources are dealt independently of each other (data_prep/deal.py), so that planning takes as many cores as there are.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Mapping
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
+from data_prep.deal import Deal, Dealer, Need, Piece
 from data_prep.errors import DataError
+from data_prep.shares import SURPLUS, samples_asked, samples_given, weights
 from recipes.schema import Data, Phase, Recipe
 
-SURPLUS = 0.005
-"""Megatron's mid_level_dataset_surplus."""
-SHARE_TOLERANCE_PERCENT = 1e-6
+__all__ = [
+    "SURPLUS",
+    "Draw",
+    "Plan",
+    "SourcePlan",
+    "make_plan",
+    "phase_inputs",
+    "phases_of",
+    "plan",
+    "samples_asked",
+    "weights",
+]
+
+DEALING = 2
+"""Raise it when equal inputs would give other views."""
+MAX_VIEW_DOCUMENTS = (1 << 31) - 1
+"""GPTDataset numbers the documents of a data set in 32 bits."""
+PARALLEL_DOCUMENTS = 20_000_000
+"""Below this, planning takes about a second and starting processes would take as long."""
+MIN_UNSIMULATED_SAMPLES = 2
+"""Where the blend is too long to be repeated, a source below this is refused: it might come to none."""
 
 
 @dataclass(frozen=True)
@@ -35,176 +53,298 @@ class Draw:
     category: str
     share_percent: float
     weight: float
+    samples_given: int | None
+    """Samples that Megatron's blend takes of the view, exactly; None in phases too long to repeat it (shares.SIMULATED_SAMPLES)."""
     samples_asked: int
     """Samples that Megatron's blend asks the view for, surplus included."""
     tokens_needed: int
     """samples_asked * sequence length + 1."""
     tokens_planned: int
     """weight * the phase's tokens."""
-    documents: np.ndarray
-    """Documents of the source in the order of the view, int64 [N]; one repeats only when the source was used up in between."""
+    pieces: tuple[Piece, ...]
+    """The documents of the view, in its order; one repeats only when all that could be dealt had been dealt."""
+    documents: int
     tokens: int
     """In those documents; at least tokens_needed."""
     source_tokens: int
     epochs: float
     """Tokens dealt so far / source_tokens, over the curriculum to the end of this phase."""
+    min_document_tokens: int
+    only_long: bool
+    """The view holds no document below min_document_tokens."""
+    long_source_tokens: int
+    """Tokens of the source in documents of at least min_document_tokens."""
+    long_tokens: int
+    """Tokens of the view in documents of at least min_document_tokens."""
+    long_epochs: float
+    """Of the documents of at least min_document_tokens, as `epochs`."""
 
 
-def weights(data: Data, phase: str, spec: Phase) -> dict[str, float]:
-    """Source -> fraction of the phase's samples, sorted by name; DataError for a category without source or shares that do not fill 100 %."""
-    shares = {category: share for category, share in spec.mixture.shares_percent.items() if share > 0}
-    total = sum(shares.values())
-    if abs(total - 100) > SHARE_TOLERANCE_PERCENT:
-        raise DataError(
-            f"phase '{phase}': mixture '{spec.mixture.name}' sums to {total:g} %; make phase.{phase}.mixture sum to 100"
-        )
-    found: dict[str, float] = {}
-    for category, share in shares.items():
-        members = {name: source.weight for name, source in data.sources.items() if source.category == category}
-        if not members:
-            known = ", ".join(sorted({source.category for source in data.sources.values()}))
-            raise DataError(
-                f"phase '{phase}': mixture '{spec.mixture.name}' takes {share:g} % from category '{category}', which has no source "
-                f"(categories: {known}); add a source under data.sources, or set phase.{phase}.mixture.shares_percent.{category}=0"
-            )
-        whole = math.fsum(members.values())
-        found |= {name: share / total * weight / whole for name, weight in members.items()}
-    return dict(sorted(found.items()))
+@dataclass(frozen=True)
+class SourcePlan:
+    """One source over the whole curriculum."""
+
+    category: str
+    documents: int
+    tokens: int
+    tokens_drawn: int
+    epochs: float
 
 
-def samples_asked(samples: int, weight: float, total_weight: float = 1.0) -> int:
-    """Samples that Megatron's blend asks of a data set with this weight (formula above)."""
-    # The same operations in the same order as Megatron's normalize() and the function above, so that the rounding is the same.
-    return math.ceil(math.ceil(samples * (weight / total_weight)) * (1 + SURPLUS))
+@dataclass(frozen=True)
+class Plan:
+    """What every phase takes, and every refusal."""
+
+    draws: dict[str, dict[str, Draw]]
+    """Phase -> source -> draw; without those that could not be planned."""
+    sources: dict[str, SourcePlan]
+    """Every source of the recipe whose documents are known, drawn or not."""
+    problems: list[str]
 
 
-class Dealer:
-    """Deals the documents of one source, epoch after epoch, each epoch in its own seeded order."""
+def plan(recipe: Recipe, lengths_of: Callable[[str], np.ndarray], *, workers: int = 1) -> dict[str, dict[str, Draw]]:
+    """Phase -> source -> Draw for the whole curriculum; DataError with all refusals, one a line, before anything is written.
 
-    def __init__(self, source: str, lengths: np.ndarray, seed: int) -> None:
-        self.source, self.seed = source, seed
-        self.lengths = np.asarray(lengths, dtype=np.int64)
-        self.source_tokens = int(self.lengths.sum())
-        self.dealt_tokens = 0
-        self._epoch = -1
-        self._left = np.zeros(0, dtype=np.int64)
-
-    @property
-    def epochs(self) -> float:
-        return self.dealt_tokens / self.source_tokens
-
-    def deal(self, tokens_needed: int, min_document_tokens: int = 0) -> np.ndarray:
-        """The next documents that hold at least `tokens_needed` tokens, int64 [N].
-
-        Of what is left of the epoch, documents of at least `min_document_tokens` come first.
-        """
-        taken: list[np.ndarray] = []
-        missing = tokens_needed
-        while missing > 0:
-            if not len(self._left):
-                self._epoch += 1
-                self._left = seeded_order(len(self.lengths), self.seed, self.source, self._epoch)
-            is_short = self.lengths[self._left] < min_document_tokens
-            ordered = np.concatenate([self._left[~is_short], self._left[is_short]])
-            count = min(int(np.searchsorted(np.cumsum(self.lengths[ordered]), missing)) + 1, len(ordered))
-            chosen = ordered[:count]
-            self._left = self._without(chosen)
-            taken.append(chosen)
-            got = int(self.lengths[chosen].sum())
-            self.dealt_tokens += got
-            missing -= got
-        return np.concatenate(taken) if taken else np.zeros(0, dtype=np.int64)
-
-    def _without(self, chosen: np.ndarray) -> np.ndarray:
-        """What is left of the epoch, in the epoch's order."""
-        gone = np.zeros(len(self.lengths), dtype=bool)
-        gone[chosen] = True
-        return self._left[~gone[self._left]]
-
-
-def seeded_order(count: int, seed: int, source: str, epoch: int) -> np.ndarray:
-    """A permutation of 0..count-1, int64, by SplitMix64 of document number and key (Steele, Lea, Flood 2014, figure 17).
-
-    Independent of numpy's generators, whose streams may change between versions; documents keep their relative order when count grows.
+    `lengths_of(source)` gives the document lengths in tokens, int [N], of a tokenized source; a mapped file will do. With several
+    `workers` large plans are made by as many processes, and `lengths_of` has to be picklable.
     """
-    key = int.from_bytes(hashlib.sha256(f"{seed}/{source}/{epoch}".encode()).digest()[:8], "little")
-    with np.errstate(over="ignore"):
-        z = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z ^= z >> np.uint64(31)
-    return np.argsort(z, kind="stable").astype(np.int64)
+    made = make_plan(recipe, lengths_of, workers=workers)
+    if made.problems:
+        raise DataError("\n".join(made.problems))
+    return made.draws
 
 
-def plan(recipe: Recipe, lengths_of: Callable[[str], np.ndarray]) -> dict[str, dict[str, Draw]]:
-    """Phase -> source -> Draw for the whole curriculum; all refusals at once are made here, before anything is written.
-
-    `lengths_of(source)` gives the document lengths in tokens, int [N], of a tokenized source.
-    """
-    dealers: dict[str, Dealer] = {}
-    drawn: dict[str, dict[str, Draw]] = {}
+def make_plan(
+    recipe: Recipe, lengths_of: Callable[[str], np.ndarray], *, workers: int = 1, unknown: Sequence[str] = ()
+) -> Plan:
+    """As `plan`, with the refusals as data. Sources in `unknown` are left out: what they hold is not known."""
+    data = recipe.data
+    wanted: dict[str, dict[str, _Wanted]] = {}
     problems: list[str] = []
-    for name in recipe.stages:
-        if name not in recipe.phase:
+    for name in phases_of(recipe):
+        try:
+            wanted[name] = _wanted(recipe, name, problems)
+        except DataError as error:
+            problems.append(str(error))
+    tasks = [
+        _Task(
+            name,
+            recipe.seed,
+            tuple(phase[name].need for phase in wanted.values() if name in phase),
+            data.max_epochs,
+            lengths_of,
+        )
+        for name in data.sources
+        if name not in unknown
+    ]
+    dealt = {task.source: found for task, found in zip(tasks, _deal_all(tasks, workers), strict=True)}
+    draws: dict[str, dict[str, Draw]] = {name: {} for name in phases_of(recipe)}
+    for source, found in dealt.items():
+        if found.shortage is not None:
+            phases = [name for name in wanted if source in wanted[name]]
+            problems.append(_shortage(found, phases[found.shortage], wanted[phases[found.shortage]][source], data))
             continue
-        phase = recipe.phase[name]
-        drawn[name] = {}
-        shares = weights(recipe.data, name, phase)
-        total = float(np.array(list(shares.values())).sum())
-        for source, weight in shares.items():
-            if source not in dealers:
-                dealers[source] = Dealer(source, lengths_of(source), recipe.seed)
-            draw = _draw(name, phase, source, recipe.data, weight, total, dealers[source])
-            if isinstance(draw, str):
-                problems.append(draw)
-                continue
-            drawn[name][source] = draw
-    problems += _over_cap(drawn, recipe.data)
-    if problems:
-        raise DataError("; ".join(problems))
-    return drawn
+        deals = iter(found.deals)
+        for name, phase in wanted.items():
+            if source in phase:
+                draws[name][source] = _draw(recipe, name, phase[source], found, next(deals))
+    for phase in draws.values():
+        problems += [problem for draw in phase.values() if (problem := _too_many_documents(draw)) is not None]
+    problems += _over_cap(draws, data)
+    return Plan({name: dict(sorted(phase.items())) for name, phase in draws.items()}, _sources(data, dealt), problems)
 
 
-def _draw(name: str, phase: Phase, source: str, data: Data, weight: float, total: float, dealer: Dealer) -> Draw | str:
-    planned = weight * phase.samples
-    if planned < 1:
-        return (
-            f"phase '{name}': source '{source}' gets {planned:.2g} of {phase.samples} samples, so it may be left out silently; raise its share "
-            f"to at least {100 / phase.samples:.3g} %, train more steps, or set its share to 0"
+def phases_of(recipe: Recipe) -> list[str]:
+    """The phases of a curriculum in their order."""
+    return [name for name in recipe.stages if name in recipe.phase]
+
+
+# --- what a phase wants ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    source: str
+    weight: float
+    samples_given: int | None
+    samples_asked: int
+    need: Need
+
+
+def _wanted(recipe: Recipe, name: str, problems: list[str]) -> dict[str, _Wanted]:
+    """Source -> what the phase wants of it; refusals go to `problems`."""
+    phase, data = recipe.phase[name], recipe.data
+    shares = weights(data, name, phase)
+    problems += _bad_long_categories(name, phase)
+    total = float(np.array(list(shares.values())).sum())
+    given = samples_given(shares, phase.samples)
+    found = {}
+    for source, weight in shares.items():
+        planned = weight * phase.samples
+        none = planned < 1 or (planned < MIN_UNSIMULATED_SAMPLES if given is None else given[source] == 0)
+        if none:
+            least = 100 * (1 if given else MIN_UNSIMULATED_SAMPLES) / phase.samples
+            problems.append(
+                f"phase '{name}': source '{source}' gets {planned:.2g} of {phase.samples} samples, so it may be left out silently; raise "
+                f"its share to at least {least:.3g} %, train more steps, or set its share to 0"
+            )
+            continue
+        asked = samples_asked(phase.samples, weight, total)
+        need = Need(
+            asked * phase.seq_length_tokens + 1,
+            phase.min_document_tokens,
+            data.sources[source].category in phase.require_long_in,
         )
-    asked = samples_asked(phase.samples, weight, total)
-    needed = asked * phase.seq_length_tokens + 1
-    if dealer.source_tokens == 0:
-        return f"phase '{name}': source '{source}' has no tokens, {needed} are needed; give it data, or set its share to 0"
-    if (dealer.dealt_tokens + needed) / dealer.source_tokens > data.max_epochs * 100:
-        # Dealing would take long and be refused anyway.
-        return (
-            f"phase '{name}': source '{source}' needs {needed:,} tokens and has {dealer.source_tokens:,}: far over data.max_epochs="
-            f"{data.max_epochs:g}; add data to the source, or lower the share of '{data.sources[source].category}'"
+        found[source] = _Wanted(source, weight, given[source] if given else None, asked, need)
+    return found
+
+
+def _bad_long_categories(name: str, phase: Phase) -> list[str]:
+    drawn = {category for category, share in phase.mixture.shares_percent.items() if share > 0}
+    unknown = sorted(set(phase.require_long_in) - drawn)
+    problems = []
+    if unknown:
+        problems.append(
+            f"phase '{name}': require_long_in names {', '.join(unknown)}, of which the phase takes nothing (its categories: "
+            f"{', '.join(sorted(drawn))}); take it out of phase.{name}.require_long_in"
         )
-    documents = dealer.deal(needed, phase.min_document_tokens)
+    if phase.require_long_in and phase.min_document_tokens == 0:
+        problems.append(
+            f"phase '{name}': require_long_in is set and min_document_tokens is 0; set phase.{name}.min_document_tokens to the "
+            f"length that a document must have"
+        )
+    return problems
+
+
+# --- dealing -------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Task:
+    source: str
+    seed: int
+    needs: tuple[Need, ...]
+    max_epochs: float
+    lengths_of: Callable[[str], np.ndarray]
+
+
+@dataclass(frozen=True)
+class _Dealt:
+    source: str
+    documents: int
+    tokens: int
+    long_tokens: dict[int, int]
+    """min_document_tokens -> tokens of the source in documents of at least that length."""
+    deals: list[Deal]
+    shortage: int | None
+    """Number of the need that is hopelessly over data.max_epochs; nothing was dealt then."""
+
+
+def _deal_source(task: _Task) -> _Dealt:
+    dealer = Dealer(task.source, task.lengths_of(task.source), task.seed, task.needs)
+    long_tokens = {length: dealer.long_source_tokens(length) for length in {need.min_document_tokens for need in task.needs}}
+    shortage = _hopeless(dealer.source_tokens, long_tokens, task)
+    deals = dealer.deal_all() if shortage is None else []
+    return _Dealt(task.source, dealer.documents, dealer.source_tokens, long_tokens, deals, shortage)
+
+
+def _hopeless(tokens: int, long_tokens: dict[int, int], task: _Task) -> int | None:
+    """The first need so far over the cap that dealing would only take long and be refused anyway."""
+    limit = 2 * task.max_epochs + 2
+    wanted = 0
+    wanted_long = dict.fromkeys(long_tokens, 0)
+    for number, need in enumerate(task.needs):
+        wanted += need.tokens
+        wanted_long[need.min_document_tokens] += need.tokens if need.only_long else 0
+        length = need.min_document_tokens
+        if wanted > limit * tokens or wanted_long[length] > limit * long_tokens[length]:
+            return number
+    return None
+
+
+def _deal_all(tasks: list[_Task], workers: int) -> list[_Dealt]:
+    if workers > 1 and sum(len(task.lengths_of(task.source)) for task in tasks) >= PARALLEL_DOCUMENTS:
+        # spawn: the caller may have threads, which fork does not survive
+        with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=multiprocessing.get_context("spawn")) as pool:
+            return list(pool.map(_deal_source, tasks))
+    return [_deal_source(task) for task in tasks]
+
+
+def _draw(recipe: Recipe, name: str, wanted: _Wanted, found: _Dealt, deal: Deal) -> Draw:
+    need = wanted.need
     return Draw(
         phase=name,
-        source=source,
-        category=data.sources[source].category,
-        share_percent=100 * weight,
-        weight=weight,
-        samples_asked=asked,
-        tokens_needed=needed,
-        tokens_planned=round(weight * phase.tokens),
-        documents=documents,
-        tokens=int(dealer.lengths[documents].sum()),
-        source_tokens=dealer.source_tokens,
-        epochs=dealer.epochs,
+        source=found.source,
+        category=recipe.data.sources[found.source].category,
+        share_percent=100 * wanted.weight,
+        weight=wanted.weight,
+        samples_given=wanted.samples_given,
+        samples_asked=wanted.samples_asked,
+        tokens_needed=need.tokens,
+        tokens_planned=round(wanted.weight * recipe.phase[name].tokens),
+        pieces=deal.pieces,
+        documents=deal.documents,
+        tokens=deal.tokens,
+        source_tokens=found.tokens,
+        epochs=deal.epochs,
+        min_document_tokens=need.min_document_tokens,
+        only_long=need.only_long,
+        long_source_tokens=found.long_tokens[need.min_document_tokens],
+        long_tokens=deal.long_tokens,
+        long_epochs=deal.long_epochs,
     )
 
 
-def _over_cap(drawn: dict[str, dict[str, Draw]], data: Data) -> list[str]:
+def _sources(data: Data, dealt: Mapping[str, _Dealt]) -> dict[str, SourcePlan]:
+    return {
+        name: SourcePlan(
+            category=data.sources[name].category,
+            documents=found.documents,
+            tokens=found.tokens,
+            tokens_drawn=sum(deal.tokens for deal in found.deals),
+            epochs=found.deals[-1].epochs if found.deals else 0.0,
+        )
+        for name, found in dealt.items()
+    }
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------------------------
+
+
+def _shortage(found: _Dealt, phase: str, wanted: _Wanted, data: Data) -> str:
+    need, category = wanted.need, data.sources[found.source].category
+    has = found.long_tokens[need.min_document_tokens] if need.only_long else found.tokens
+    if has == 0 and found.tokens:
+        return (
+            f"phase '{phase}': source '{found.source}' has no document of at least {need.min_document_tokens:,} tokens, and "
+            f"phase.{phase}.require_long_in names its category '{category}'; give it longer documents, lower "
+            f"phase.{phase}.min_document_tokens, or take '{category}' out of require_long_in"
+        )
+    if has == 0:
+        return f"phase '{phase}': source '{found.source}' has no tokens, {need.tokens:,} are needed; give it data, or set its share to 0"
+    what = f" in documents of at least {need.min_document_tokens:,}" if need.only_long else ""
+    return (
+        f"phase '{phase}': source '{found.source}' needs {need.tokens:,} tokens and has {has:,}{what}: far over data.max_epochs="
+        f"{data.max_epochs:g}; add data to the source, or lower the share of '{category}'"
+    )
+
+
+def _too_many_documents(draw: Draw) -> str | None:
+    if draw.documents <= MAX_VIEW_DOCUMENTS:
+        return None
+    return (
+        f"phase '{draw.phase}': source '{draw.source}' gives {draw.documents:,} documents, and Megatron numbers those of a data set in 32 "
+        f"bits (at most {MAX_VIEW_DOCUMENTS:,}); split the source in two with half the weight each"
+    )
+
+
+def _over_cap(drawn: Mapping[str, Mapping[str, Draw]], data: Data) -> list[str]:
     """One problem per source that the curriculum reads more often than data.max_epochs."""
     problems = []
     for source in sorted({name for draws in drawn.values() for name in draws}):
         draws = [phase[source] for phase in drawn.values() if source in phase]
         over = next((draw for draw in draws if draw.epochs > data.max_epochs), None)
+        long = next((draw for draw in draws if draw.only_long and draw.long_epochs > data.max_epochs), None)
         if over is not None:
             problems.append(
                 f"phase '{over.phase}': source '{source}' needs {over.tokens_needed:,} tokens and has {over.source_tokens:,} in all; it is "
@@ -212,38 +352,50 @@ def _over_cap(drawn: dict[str, dict[str, Draw]], data: Data) -> list[str]:
                 f"{data.max_epochs:g}; add data to the source, lower the share of '{over.category}', or set "
                 f"data.max_epochs={math.ceil(draws[-1].epochs * 100) / 100:g}"
             )
+        elif long is not None:
+            problems.append(
+                f"phase '{long.phase}': source '{source}' needs {long.tokens_needed:,} tokens in documents of at least "
+                f"{long.min_document_tokens:,} and has {long.long_source_tokens:,} in such; they are read {long.long_epochs:.2f} times by "
+                f"then, and data.max_epochs is {data.max_epochs:g}; add longer documents, lower phase.{long.phase}.min_document_tokens, "
+                f"take '{long.category}' out of phase.{long.phase}.require_long_in, or set "
+                f"data.max_epochs={math.ceil(long.long_epochs * 100) / 100:g}"
+            )
     return problems
+
+
+# --- what a view depends on ----------------------------------------------------------------------------------------------------------
 
 
 def phase_inputs(recipe: Recipe, phase: str, source_digests: Mapping[str, str]) -> dict[str, object]:
     """Everything that the views of `phase` depend on: its sources, what it and the phases before take of them, and the seed.
 
-    Neither later phases nor sources that `phase` does not draw count.
+    Neither later phases, nor sources that `phase` does not draw, nor data.max_epochs (which only refuses) count.
     """
     own = weights(recipe.data, phase, recipe.phase[phase])
+    phases = phases_of(recipe)
     steps = []
-    for name in recipe.stages[: recipe.stages.index(phase) + 1]:
-        if name in recipe.phase:
-            spec = recipe.phase[name]
-            shares = weights(recipe.data, name, spec)
-            taken = {source: weight for source, weight in shares.items() if source in own}
-            steps.append(
-                {
-                    "samples": spec.samples,
-                    "seq_length_tokens": spec.seq_length_tokens,
-                    "min_document_tokens": spec.min_document_tokens,
-                    "weights": taken,
-                    "total_weight": math.fsum(shares.values()),
-                }
-            )
+    for name in phases[: phases.index(phase) + 1]:
+        spec = recipe.phase[name]
+        shares = weights(recipe.data, name, spec)
+        taken = {source: weight for source, weight in shares.items() if source in own}
+        steps.append(
+            {
+                "samples": spec.samples,
+                "seq_length_tokens": spec.seq_length_tokens,
+                "min_document_tokens": spec.min_document_tokens,
+                "only_long": sorted(s for s in taken if recipe.data.sources[s].category in spec.require_long_in),
+                "weights": taken,
+                "total_weight": math.fsum(shares.values()),
+            }
+        )
     spec = recipe.phase[phase]
     return {
+        "dealing": DEALING,
         "phase": phase,
         "tokens": spec.tokens,
         "steps": spec.steps,
         "global_batch_samples": spec.global_batch_samples,
         "mixture": spec.mixture.model_dump(mode="json"),
-        "max_epochs": recipe.data.max_epochs,
         "seed": recipe.seed,
         "surplus": SURPLUS,
         "sources": {source: [recipe.data.sources[source].category, source_digests[source]] for source in own},

@@ -132,15 +132,4 @@ def _views(
     progress: Progress,
     seen: dict[Path, str],
 ) -> None:
-    phases = [name for name in recipe.stages if name in recipe.phase]
-    todo = [
-        name
-        for name in phases
-        if not views.current_view(root, name, views.view_inputs(recipe, name, records, description), seen)
-    ]
-    # Planned even when all views stand: data.max_epochs may have been lowered since.
-    drawn = plan.plan(recipe, lambda source: views.source_lengths(root, source))
-    if todo:
-        with progress.step(f"views of {len(todo)} phases", None):
-            for name in todo:
-                views.build_view(root, recipe, name, drawn[name], records, description)
+    views.update_views(root, recipe, records, description, workers=threads(), progress=progress, seen=seen)

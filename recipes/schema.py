@@ -159,7 +159,10 @@ class Phase(Strict):
     global_batch_samples: PositiveInt
     mixture: Mixture
     min_document_tokens: NonNegativeInt = 0
-    """Long-context phases draw only documents of at least this length where a source has them."""
+    """Of what is left of a source, documents of at least this length come first (long-context phases); shorter ones fill up."""
+    require_long_in: list[str] = []
+    """Categories of which the phase takes nothing shorter than min_document_tokens; when their long documents are used up, these
+    begin another epoch (at most data.max_epochs)."""
     schedule: Schedule
     parallel: Parallel
     precision: Precision

@@ -105,7 +105,7 @@ def test_a_later_phase_changes_no_earlier_view(folder):
     phases = {name: helpers.phase(name, steps=20 if name == "third" else 10) for name in helpers.SHARES}
     prepare(helpers.recipe(folder, phases=phases))
     touched = changed(before, helpers.times(folder / "data"))
-    assert touched == {"views/third/math_a.idx", "views/third/manifest.json"}
+    assert touched == {"views/third/math_a.idx", "views/third/manifest.json", "plan.json"}
 
 
 def test_a_source_that_is_no_longer_drawn_leaves_no_file_in_the_view(folder):
