@@ -40,8 +40,6 @@ MAX_VIEW_DOCUMENTS = (1 << 31) - 1
 """GPTDataset numbers the documents of a data set in 32 bits."""
 PARALLEL_DOCUMENTS = 20_000_000
 """Below this, planning takes about a second and starting processes would take as long."""
-MIN_UNSIMULATED_SAMPLES = 2
-"""Where the blend is too long to be repeated, a source below this is refused: it might come to none."""
 
 
 @dataclass(frozen=True)
@@ -181,12 +179,10 @@ def _wanted(recipe: Recipe, name: str, problems: list[str]) -> dict[str, _Wanted
     found = {}
     for source, weight in shares.items():
         planned = weight * phase.samples
-        none = planned < 1 or (planned < MIN_UNSIMULATED_SAMPLES if given is None else given[source] == 0)
-        if none:
-            least = 100 * (1 if given else MIN_UNSIMULATED_SAMPLES) / phase.samples
+        if planned < 1 or (given is not None and given[source] == 0):
             problems.append(
                 f"phase '{name}': source '{source}' gets {planned:.2g} of {phase.samples} samples, so it may be left out silently; raise "
-                f"its share to at least {least:.3g} %, train more steps, or set its share to 0"
+                f"its share to at least {100 / phase.samples:.3g} %, train more steps, or set its share to 0"
             )
             continue
         asked = samples_asked(phase.samples, weight, total)

