@@ -1,0 +1,234 @@
+"""One verification: what must be read and compared is collected first, then every file is read once, then the rest is compared.
+
+Nothing here raises for what is wrong with the data; each thing becomes a Finding, and the next one is looked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.errors import DataError
+from data_prep.files import FileRecord
+from data_prep.indexed import Index, bin_path, idx_path, optimal_dtype
+from data_prep.progress import Progress
+from data_prep.verify_reading import Finding, Look, Reading, read_all
+
+REMEDY = "run `quarry prep`, which makes again what is not as recorded"
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a record says of a file."""
+
+    path: Path
+    said_by: Path
+    sha256: str
+    bytes: int | None
+    remedy: str
+
+
+@dataclass(frozen=True)
+class PairRecord:
+    """What a record says of a .bin/.idx pair; None: nothing."""
+
+    said_by: Path
+    documents: int | None = None
+    tokens: int | None = None
+    dtype: str | None = None
+    bin: FileRecord | None = None
+    idx: FileRecord | None = None
+
+
+class Verification:
+    """Collects expectations, reads, compares. `base` is what names of files are shown relative to."""
+
+    def __init__(self, base: Path, *, workers: int, progress: Progress, full: bool = False) -> None:
+        self.base = base
+        self.workers = workers
+        self.progress = progress
+        self.full = full
+        self.findings: list[Finding] = []
+        self.wants_heads = False
+        """Whether the beginnings of documents are kept, to compare documents of different files; set before collecting."""
+        self.documents = self.tokens = 0
+        self.read_bytes = 0
+        self._readings: dict[Path, Reading] = {}
+        self._recorded: list[Recorded] = []
+        self._later: list[Callable[[], None]] = []
+        self._lock = threading.Lock()
+        self._resolved: dict[Path, Path] = {}
+
+    # --- collecting ------------------------------------------------------------------------------------------------------------
+
+    def shown(self, path: Path) -> str:
+        return os.path.relpath(path, self.base) if path.is_absolute() and path.is_relative_to(self.base) else str(path)
+
+    def find(self, path: Path, what: str, expected: object, found: object, remedy: str = REMEDY) -> None:
+        with self._lock:
+            self.findings.append(Finding(self.shown(path), what, str(expected), str(found), remedy))
+
+    def refused(self, path: Path, error: DataError, remedy: str = REMEDY) -> None:
+        """A DataError of a reader of ours, as a finding."""
+        message = str(error).removeprefix(f"{path}: ")
+        self.find(path, "content", "what its format says", message, remedy)
+
+    def later(self, check: Callable[[], None]) -> None:
+        """Do `check` when all files have been read; it may run beside others."""
+        self._later.append(check)
+
+    def file(self, path: Path, record: FileRecord | str, said_by: Path, remedy: str = REMEDY) -> bool:
+        """`path` must be as recorded (a FileRecord, or a SHA-256 alone); False where there is no such file."""
+        if not path.is_file():
+            found = f"a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else "no such file"
+            self.find(path, f"file that {self.shown(said_by)} names", "a file", found, remedy)
+            return False
+        self._reading(path).digest = True
+        alone = isinstance(record, str)
+        self._recorded.append(
+            Recorded(path, said_by, record if alone else record.sha256, None if alone else record.bytes, remedy)
+        )
+        return True
+
+    def _reading(self, path: Path) -> Reading:
+        """The one reading of the file that `path` is or links to."""
+        real = self.real(path)
+        return self._readings.setdefault(real, Reading(real, digest=False))
+
+    def real(self, path: Path) -> Path:
+        """What `path` is or links to, looked up once."""
+        if path not in self._resolved:
+            self._resolved[path] = path.resolve()
+        return self._resolved[path]
+
+    def look_of(self, path: Path) -> Look | None:
+        reading = self._readings.get(self.real(path))
+        return reading.look if reading else None
+
+    def text_is_ours(self, path: Path) -> bool:
+        """A record must be spelled as we write it: a changed space or `1e0` for `1.0` reads the same but is not what was written."""
+        try:
+            content = path.read_bytes()
+            written = json.dumps(json.loads(content), indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+        except (OSError, ValueError):
+            return False  # its own reader says what is wrong
+        if content != written:
+            self.find(path, "spelling", "sorted keys, one per line, as `quarry prep` writes it", "another: edited by hand?")
+        return content == written
+
+    def pair(
+        self, prefix: Path, record: PairRecord, *, vocab_size: int | None, eod_id: int | None, remedy: str = REMEDY
+    ) -> Index | None:
+        """Check a .bin/.idx pair and look at all its tokens; the index where it can be read."""
+        idx, bin_ = idx_path(prefix), bin_path(prefix)
+        there = []
+        for path, of in ((idx, record.idx), (bin_, record.bin)):
+            if of is not None:
+                there.append(self.file(path, of, record.said_by, remedy))
+            else:
+                there.append(path.is_file())
+                if not there[-1]:
+                    self.find(path, "file of a .bin/.idx pair", "a file", "no such file", remedy)
+        if not there[0]:
+            return None
+        try:
+            index = Index.read(idx)
+        except DataError as error:
+            self.refused(idx, error, remedy)
+            return None
+        expected = (
+            ("documents", record.documents, index.documents),
+            ("tokens", record.tokens, index.tokens),
+            ("dtype", record.dtype, index.dtype.name),
+            ("dtype for its vocabulary", optimal_dtype(vocab_size).name if vocab_size else None, index.dtype.name),
+        )
+        for what, want, found in expected:
+            if want is not None and want != found:
+                self.find(idx, f"{what}, by {self.shown(record.said_by)}", want, found, remedy)
+        if there[1]:
+            size = bin_.stat().st_size
+            if index.end_bytes > size:
+                self.find(idx, f"pointers into {bin_.name}", f"at most its {size} bytes", f"byte {index.end_bytes}", remedy)
+            if size % index.dtype.itemsize:
+                self.find(bin_, "size in bytes", f"a multiple of {index.dtype.itemsize}", size, remedy)
+            self._look(bin_, index, vocab_size, eod_id, remedy)
+        self.documents += index.documents
+        return index
+
+    def _look(self, bin_: Path, index: Index, vocab_size: int | None, eod_id: int | None, remedy: str) -> None:
+        reading = self._reading(bin_)
+        if index.dtype.kind not in "iu":
+            return self.find(idx_path(bin_.with_suffix("")), "dtype", "integers", index.dtype.name, remedy)
+        if reading.look is None:
+            reading.look = Look(index.dtype, vocab_size, eod_id, wants_heads=self.wants_heads)
+            self.later(lambda: self._tokens_found(bin_, reading.look, remedy))
+        if reading.look.dtype == index.dtype:
+            reading.look.add(index)
+            # One promise holds for all that is in the file.
+            reading.look.vocab_size = reading.look.vocab_size or vocab_size
+            reading.look.eod_id = eod_id if reading.look.eod_id is None else reading.look.eod_id
+        return None
+
+    def _tokens_found(self, bin_: Path, look: Look, remedy: str) -> None:
+        if look.over:
+            position, token = look.first_over
+            self.find(
+                bin_,
+                f"token ids ({look.over} of them, the first at token {position})",
+                f"below {look.vocab_size}",
+                token,
+                remedy,
+            )
+        if look.unended:
+            start, token = look.first_unended
+            self.find(
+                bin_,
+                f"last id of documents ({look.unended} of them, the first begins at token {start})",
+                f"{look.eod_id}, the end of a document",
+                token,
+                remedy,
+            )
+
+    # --- reading and comparing -------------------------------------------------------------------------------------------------
+
+    def run(self) -> list[Finding]:
+        """Read, compare, and return all findings, by file."""
+        total = sum(path.stat().st_size for path in self._readings)
+        with self.progress.step(f"reading {len(self._readings)} files", total) as done:
+            read_all(self._readings.values(), self.workers, done)
+        self.read_bytes = sum(reading.size for reading in self._readings.values())
+        self.tokens = sum(r.size // r.look.dtype.itemsize for r in self._readings.values() if r.look)
+        self._compare()
+        with ThreadPoolExecutor(max(1, self.workers), thread_name_prefix="verify") as pool:
+            for check in [pool.submit(check) for check in self._later]:
+                check.result()
+        self.findings = sorted(set(self.findings), key=lambda finding: (finding.file, finding.what))
+        return self.findings
+
+    def _compare(self) -> None:
+        names = defaultdict(set)
+        for recorded in self._recorded:
+            names[recorded.sha256].add(self.shown(recorded.path))
+        unreadable = [reading for reading in self._readings.values() if reading.error]
+        for reading in unreadable:
+            self.find(reading.path, "reading", "all of it", reading.error, "look at the disk; then run `quarry prep`")
+        told: set[tuple[Path, str]] = set()
+        for recorded in self._recorded:
+            path = self.real(recorded.path)
+            reading = self._readings[path]
+            said_by = f"recorded in {self.shown(recorded.said_by)}"
+            if reading.error or (path, recorded.sha256) in told:
+                continue  # several views link to one file: once is enough
+            told.add((path, recorded.sha256))
+            if recorded.bytes is not None and reading.size != recorded.bytes:
+                self.find(recorded.path, f"size in bytes, {said_by}", recorded.bytes, reading.size, recorded.remedy)
+            if reading.sha256 != recorded.sha256:
+                others = names.get(reading.sha256, set()) - {self.shown(recorded.path)}
+                found = f"{reading.sha256}{f' (that of {min(others)}: swapped?)' if others else ''}"
+                self.find(recorded.path, f"SHA-256, {said_by}", recorded.sha256, found, recorded.remedy)

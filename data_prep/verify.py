@@ -1,0 +1,121 @@
+"""Verifies prepared data down to the last byte and says everything that is wrong: file, what, expected, found, remedy.
+
+A path may be a data root, the views of a phase, the held-out sets, an index cache (each a folder or its manifest), or one .bin/.idx
+pair (its prefix or either file), such as `quarry tokenize` writes. No pickle is ever loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from data_prep.errors import DataError
+from data_prep.files import FileRecord
+from data_prep.index_caches import RECORD_NAME, IndexCache
+from data_prep.indexed import bin_path, idx_path
+from data_prep.manifest import HeldoutManifest, MixtureManifest, mixture_path
+from data_prep.progress import Progress, Silent
+from data_prep.sources import threads
+from data_prep.verification import PairRecord, Verification
+from data_prep.verify_reading import Finding
+from data_prep.verify_root import Root
+
+__all__ = ["Finding", "inspect", "verify"]
+
+ROOT_FOLDERS = ("views", "tokenized", "heldout")
+USAGE = (
+    "name a data root, a folder or manifest below views/, heldout/ or cache/, or a .bin/.idx pair by its prefix or either file"
+)
+
+
+def verify(path: Path, *, workers: int | None = None, progress: Progress | None = None, full: bool = False) -> list[Finding]:
+    """All findings of `inspect`."""
+    return inspect(path, workers=workers, progress=progress, full=full).findings
+
+
+def inspect(path: Path, *, workers: int | None = None, progress: Progress | None = None, full: bool = False) -> Verification:
+    """Verify what lies at `path`, every byte of it; `full` also reads the users' own files that records name, outside of the root.
+
+    `workers` files are read at a time (default: one per core). DataError when there is nothing at `path` that can be verified.
+    """
+    path = path.absolute()
+    base, collect = _what(path)
+    verification = Verification(base, workers=workers or threads(), progress=progress or Silent(), full=full)
+    collect(verification)
+    verification.run()
+    return verification
+
+
+def _what(path: Path):
+    """What names are shown relative to, and the function that collects the checks of `path`."""
+    if path.is_dir():
+        if any((path / name).is_dir() for name in ROOT_FOLDERS):
+            return path, lambda v: Root(path, v).everything()
+        for name in ("manifest.json", RECORD_NAME):
+            if (path / name).is_file():
+                return _manifest(path / name)
+        if path.parent.name == "views" or path.name == "heldout":
+            return _manifest(path / "manifest.json")  # which is missing
+    elif path.name in ("manifest.json", RECORD_NAME) and path.is_file():
+        return _manifest(path)
+    for suffix in (".bin", ".idx", ""):
+        prefix = path.with_name(path.name.removesuffix(suffix)) if suffix else path
+        if path.name.endswith(suffix) and (bin_path(prefix).exists() or idx_path(prefix).exists()):
+            return _pair(prefix)
+    raise DataError(f"{path}: {'nothing to verify there' if path.exists() else 'no such file or folder'}; {USAGE}")
+
+
+def _manifest(path: Path):
+    folder = path.parent
+    formats = {MixtureManifest.FORMAT: "view", HeldoutManifest.FORMAT: "heldout", IndexCache.FORMAT: "cache"}
+    kind = formats.get(_values(path).get("format", ""))
+    if kind is None:  # missing or damaged: what it should be is told by where it lies
+        kind = "view" if folder.parent.name == "views" else "heldout" if folder.name == "heldout" else "cache"
+    root = folder.parent if kind == "heldout" else folder.parents[1]
+    if kind == "view":
+        return root, lambda v: Root(root, v).view(folder.name)
+    if kind == "heldout":
+        return root, lambda v: Root(root, v).heldout()
+    if folder.parents[1].name == "cache":
+        root = folder.parents[2]
+
+    def cache(v: Verification) -> None:
+        checks = Root(root, v)
+        manifest = None
+        if mixture_path(root, folder.parent.name).exists():
+            manifest = checks.view(folder.parent.name)
+        if manifest is not None and manifest.digest[:16] == folder.name:
+            checks.cache(manifest)
+        else:
+            if manifest is not None:
+                v.find(folder, "views that it was built for", manifest.digest[:16], folder.name, "build it with `quarry prep`")
+            checks.cache_folder(folder, None)
+
+    return root, cache
+
+
+def _pair(prefix: Path):
+    """One pair: by its own record, or by that of the folder of a data root that it lies in."""
+    folder = prefix.parent
+    if (folder / "manifest.json").is_file():
+        return _manifest(folder / "manifest.json")
+    if folder.name == "tokenized" and (folder / f"{prefix.name.removesuffix('.heldout')}.json").is_file():
+        return folder.parent, lambda v: Root(folder.parent, v).source(prefix.name.removesuffix(".heldout"))
+
+    def alone(v: Verification) -> None:
+        path = prefix.with_name(f"{prefix.name}.json")
+        record = _values(path)
+        files = {name: FileRecord.model_validate(record[name]) for name in ("bin", "idx") if isinstance(record.get(name), dict)}
+        said = {name: record.get(name) for name in ("documents", "tokens", "dtype")}
+        v.pair(prefix, PairRecord(path, **said, **files), vocab_size=record.get("vocab_size"), eod_id=record.get("eod_id"))
+
+    return folder, alone
+
+
+def _values(path: Path) -> dict:
+    """The object of a JSON file; empty where there is none that can be read."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}

@@ -1,0 +1,345 @@
+"""What each folder of a data root must hold: tokenizer, tokenized sources, held-out sets, views, index caches; and what is left over."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from collections.abc import Iterable
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from pydantic import ValidationError
+
+from data_prep.errors import DataError
+from data_prep.index_caches import RECORD_NAME, IndexCache, cache_path, verify_cache
+from data_prep.indexed import Index, Reader, bin_path, idx_path
+from data_prep.manifest import HeldoutManifest, MixtureManifest, Signed, TokenizerRecord, ViewSource, heldout_path, mixture_path
+from data_prep.records import CorpusRecord, Record, TokenizedRecord, TokenizerFile
+from data_prep.verification import PairRecord, Verification
+from data_prep.verify_cache import check_cache
+from recipes.schema import describe
+
+DELETE = "delete it; `quarry prep` deletes what it finds of its own"
+R = TypeVar("R", bound=Record)
+S = TypeVar("S", bound=Signed)
+
+
+class Root:
+    """The checks of one data root; each of its parts can be asked for alone."""
+
+    def __init__(self, root: Path, verification: Verification) -> None:
+        self.root = root
+        self.v = verification
+        verification.wants_heads = True  # to find held-out documents among the others
+        self._sources: dict[str, TokenizedRecord | None] = {}
+        self._heldout: HeldoutManifest | None = None
+        self._held: list[tuple[Path, Index]] = []
+        """Prefix and index of every set of held-out documents."""
+        self._views: list[tuple[Path, Index]] = []
+        self._tokenizer: TokenizerFile | None = None
+
+    def everything(self) -> None:
+        self.tokenizer()
+        for path in sorted((self.root / "corpus").glob("*.json")):
+            self.corpus(path)
+        for path in sorted((self.root / "tokenized").glob("*.json")):
+            self.source(path.stem)
+        self.heldout()
+        manifests = [self.view(folder.name) for folder in self._folders("views")]
+        for manifest in manifests:
+            if manifest is not None:
+                self.cache(manifest)
+        self.leftovers({m.phase: m for m in manifests if m is not None})
+
+    def _folders(self, name: str) -> list[Path]:
+        folder = self.root / name
+        return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+    # --- records ---------------------------------------------------------------------------------------------------------------
+
+    def _record(self, path: Path, kind: type[R]) -> R | None:
+        try:
+            return kind.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            self.v.find(path, "record", "a file", "no such file")
+        except ValidationError as error:
+            self.v.find(path, "record", f"a {kind.__name__} of this version", describe(error))
+        return None
+
+    def _signed(self, path: Path, kind: type[S]) -> S | None:
+        try:
+            manifest = kind.read(path)
+        except DataError as error:
+            self.v.refused(path, error)
+            return None
+        self.v.text_is_ours(path)
+        return manifest
+
+    def corpus(self, path: Path) -> None:
+        record = self._record(path, CorpusRecord)
+        if record:
+            self.v.file(path.with_suffix(".jsonl"), record.file, path)
+
+    def tokenizer(self) -> TokenizerFile | None:
+        path = self.root / "tokenizer" / "record.json"
+        if self._tokenizer is None and path.exists():
+            self._tokenizer = record = self._record(path, TokenizerFile)
+            if record:
+                self._tokenizer_file(record.path, record.kind, record.sha256, path)
+        return self._tokenizer
+
+    def _tokenizer_file(self, name: str, kind: str, sha256: str, said_by: Path) -> None:
+        target = self.root / name
+        self.v.file(target / "tokenizer.json" if kind == "huggingface" else target, sha256, said_by)
+
+    def _same_tokenizer(self, said_by: Path, theirs: TokenizerRecord) -> None:
+        self._tokenizer_file(theirs.path, theirs.kind, theirs.sha256, said_by)
+        ours = self.tokenizer()
+        if ours:
+            for key in ("kind", "path", "sha256", "vocab_size", "eod_id"):
+                if getattr(ours, key) != getattr(theirs, key):
+                    self.v.find(said_by, f"tokenizer.{key}, by tokenizer/record.json", getattr(ours, key), getattr(theirs, key))
+
+    # --- tokens ----------------------------------------------------------------------------------------------------------------
+
+    def source(self, name: str) -> TokenizedRecord | None:
+        """Check a tokenized source and its held-out documents, once."""
+        if name in self._sources:
+            return self._sources[name]
+        path = self.root / "tokenized" / f"{name}.json"
+        record = self._sources[name] = self._record(path, TokenizedRecord)
+        if record is None:
+            return None
+        tokenizer = self.tokenizer()
+        if tokenizer and tokenizer.sha256 != record.tokenizer_sha256:
+            self.v.find(path, "tokenizer, by tokenizer/record.json", tokenizer.sha256, record.tokenizer_sha256)
+        vocab, eod = (tokenizer.vocab_size, tokenizer.eod_id) if tokenizer else (None, None)
+        prefix, heldout = path.with_suffix(""), path.with_name(f"{name}.heldout")
+        kept = PairRecord(path, record.documents, record.tokens, record.dtype, record.bin, record.idx)
+        held = PairRecord(
+            path, record.heldout_documents, record.heldout_tokens, record.dtype, record.heldout_bin, record.heldout_idx
+        )
+        self.v.pair(prefix, kept, vocab_size=vocab, eod_id=eod)
+        index = self.v.pair(heldout, held, vocab_size=vocab, eod_id=eod)
+        if index is not None:
+            self._held.append((heldout, index))
+        self.v.later(partial(self._highest_id, path, record, (bin_path(prefix), bin_path(heldout))))
+        quarantine = path.with_name(f"{name}.quarantine.jsonl")
+        lines = sum(1 for _ in quarantine.open("rb")) if quarantine.exists() else 0
+        if lines != record.quarantined_lines + record.empty_documents:
+            self.v.find(quarantine, f"lines, by {self.v.shown(path)}", record.quarantined_lines + record.empty_documents, lines)
+        if self.v.full:
+            for file in record.files:
+                self.v.file(
+                    Path(file.path), file.record, path, "the source's own file has changed: `quarry prep` takes it anew"
+                )
+        return record
+
+    def _highest_id(self, path: Path, record: TokenizedRecord, files: Iterable[Path]) -> None:
+        looks = [look for look in map(self.v.look_of, files) if look is not None]
+        highest = max((look.max_token_id for look in looks), default=-1)
+        if looks and highest != record.max_token_id:
+            self.v.find(path, "max_token_id, by the tokens themselves", highest, record.max_token_id)
+
+    def heldout(self) -> HeldoutManifest | None:
+        path = heldout_path(self.root)
+        if self._heldout is not None:
+            return self._heldout
+        if not path.exists() and not path.parent.exists():
+            return None
+        manifest = self._heldout = self._signed(path, HeldoutManifest)
+        if manifest is None:
+            return None
+        self._same_tokenizer(path, manifest.tokenizer)
+        for entry in manifest.categories.values():
+            prefix = self.root / entry.prefix
+            record = PairRecord(path, entry.documents, entry.tokens, entry.dtype, entry.bin, entry.idx)
+            # The last document is cut at the cap: no end is promised.
+            index = self.v.pair(prefix, record, vocab_size=manifest.tokenizer.vocab_size, eod_id=None)
+            if index is not None:
+                self._held.append((prefix, index))
+        return manifest
+
+    # --- views -----------------------------------------------------------------------------------------------------------------
+
+    def view(self, phase: str) -> MixtureManifest | None:
+        """Check the views of a phase, the sources that they point into, and that no held-out document is among them."""
+        path = mixture_path(self.root, phase)
+        manifest = self._signed(path, MixtureManifest)
+        if manifest is None:
+            return None
+        self._same_tokenizer(path, manifest.tokenizer)
+        if manifest.phase != phase:
+            self.v.find(path, "phase", phase, manifest.phase)
+        # Held out of any source is held out of every view.
+        for other in sorted((self.root / "tokenized").glob("*.json")):
+            self.source(other.stem)
+        self.heldout()
+        for name, view in manifest.sources.items():
+            self._view_source(path, name, view, manifest)
+        return manifest
+
+    def _view_source(self, said_by: Path, name: str, view: ViewSource, manifest: MixtureManifest) -> None:
+        prefix, source = self.root / view.prefix, self.root / "tokenized" / name
+        record = PairRecord(said_by, view.documents, view.tokens_available, view.dtype, view.bin, view.idx)
+        promised = manifest.tokenizer.eod_id if idx_path(source).exists() else None
+        index = self.v.pair(prefix, record, vocab_size=manifest.tokenizer.vocab_size, eod_id=promised)
+        if index is None:
+            return
+        self._views.append((prefix, index))
+        if idx_path(source).exists():
+            if self.v.real(bin_path(prefix)) != self.v.real(bin_path(source)):
+                self.v.find(bin_path(prefix), "link", f"to tokenized/{name}.bin", f"to {self.v.real(bin_path(prefix))}")
+            self.v.later(partial(self._pointers, prefix, index, source))
+        if view.epochs <= 1:
+            self.v.later(partial(self._no_repeats, prefix, index))
+        self.v.later(partial(self._nothing_held_out, prefix, index))
+
+    def _pointers(self, prefix: Path, index: Index, source: Path) -> None:
+        """Each document of the view is one of the source's, from its first token to its last."""
+        try:
+            whole = Index.read(idx_path(source))
+        except DataError:
+            return  # found with the source
+        order = np.argsort(whole.offsets, kind="stable")
+        offsets = whole.offsets[order]
+        place = np.minimum(np.searchsorted(offsets, index.offsets), max(0, len(offsets) - 1))
+        if len(offsets):
+            wrong = np.flatnonzero((offsets[place] != index.offsets) | (whole.lengths[order[place]] != index.lengths))
+        else:
+            wrong = np.arange(index.documents)
+        if len(wrong):
+            first = int(wrong[0])
+            self.v.find(
+                idx_path(prefix),
+                f"pointers ({len(wrong)} of them, the first of document {first})",
+                f"a document of {self.v.shown(idx_path(source))}",
+                f"{index.lengths[first]} tokens from byte {index.offsets[first]}",
+            )
+
+    def _no_repeats(self, prefix: Path, index: Index) -> None:
+        nonempty = index.offsets[index.lengths > 0]
+        ordered = np.sort(nonempty)
+        twice = ordered[:-1][ordered[1:] == ordered[:-1]]
+        if len(twice):
+            self.v.find(
+                idx_path(prefix),
+                "documents while the source is not used up (epochs <= 1)",
+                "each once",
+                f"{len(twice)} repeats, the first at byte {twice[0]}",
+            )
+
+    @cached_property
+    def _held_heads(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of all held-out documents: fingerprint, number of their set in `_held`, number inside it; by fingerprint. After reading."""
+        heads, sets, numbers = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for number, (prefix, index) in enumerate(self._held):
+            look = self.v.look_of(bin_path(prefix))
+            if look is not None and look.knows(index):
+                heads.append(look.heads_of(index))
+                sets.append(np.full(index.documents, number))
+                numbers.append(np.arange(index.documents))
+        together = np.concatenate(heads)
+        order = np.argsort(together, kind="stable")
+        return together[order], np.concatenate(sets)[order], np.concatenate(numbers)[order]
+
+    def _nothing_held_out(self, prefix: Path, index: Index) -> None:
+        look = self.v.look_of(bin_path(prefix))
+        if look is None or not look.knows(index):
+            return
+        held, sets, numbers = self._held_heads
+        heads = look.heads_of(index)
+        first = np.searchsorted(held, heads)
+        alike = np.flatnonzero((first < len(held)) & (held[np.minimum(first, len(held) - 1)] == heads)) if len(held) else ()
+        reader = functools.cache(Reader)
+        same = []
+        for document in alike:  # with equal length and beginning; now whole
+            place = int(first[document])
+            while place < len(held) and held[place] == heads[document]:
+                held_prefix, _ = self._held[sets[place]]
+                try:
+                    ours, theirs = reader(prefix), reader(held_prefix)
+                except DataError:
+                    return  # found with the files
+                if index.lengths[document] and np.array_equal(ours[int(document)], theirs[int(numbers[place])]):
+                    same.append((int(document), held_prefix, int(numbers[place])))
+                place += 1
+        if same:
+            document, held_prefix, number = same[0]
+            self.v.find(
+                idx_path(prefix),
+                f"held-out documents ({len(same)} of them, the first is document {document})",
+                "none",
+                f"document {number} of {self.v.shown(held_prefix)}",
+            )
+
+    # --- index caches ----------------------------------------------------------------------------------------------------------
+
+    def cache(self, manifest: MixtureManifest) -> None:
+        """Check the index cache that belongs to these views."""
+        folder = cache_path(self.root, manifest)
+        record = self.cache_folder(folder, manifest) if folder.is_dir() else None
+        if not folder.is_dir():
+            self.v.find(folder, "index cache of these views", "a folder", "no such folder")
+        elif record is not None:
+            try:
+                verify_cache(self.root, manifest, read_files=False)
+            except DataError as error:
+                self.v.refused(folder / RECORD_NAME, error)
+            except importlib.metadata.PackageNotFoundError:
+                pass  # no Megatron on this machine to compare its version with
+
+    def cache_folder(self, folder: Path, manifest: MixtureManifest | None) -> IndexCache | None:
+        record = self._signed(folder / RECORD_NAME, IndexCache)
+        if record is None:
+            return None
+        for name, file in record.files.items():
+            self.v.file(folder / name, file, folder / RECORD_NAME)
+        for path in sorted(folder.iterdir()):
+            if path.name not in record.files and path.name != RECORD_NAME:
+                self.v.find(path, "file", f"one that {RECORD_NAME} names", "one that it does not", DELETE)
+        if manifest is not None and manifest.digest == record.manifest:
+            self.v.later(partial(self._indices, folder, record, manifest))
+        return record
+
+    def _indices(self, folder: Path, record: IndexCache, manifest: MixtureManifest) -> None:
+        lengths = {}
+        for name, view in manifest.sources.items():
+            try:
+                lengths[name] = Index.read(idx_path(self.root / view.prefix)).lengths
+            except DataError:
+                continue  # found with the view
+        check_cache(
+            folder,
+            record,
+            manifest,
+            lengths,
+            lambda name, what, expected, found: self.v.find(folder / name, what, expected, found),
+        )
+
+    # --- leftovers -------------------------------------------------------------------------------------------------------------
+
+    def leftovers(self, manifests: dict[str, MixtureManifest]) -> None:
+        for path in sorted(self.root.rglob(".*.tmp")):
+            self.v.find(path, "temporary file", "none", "left by a run that was killed", DELETE)
+        for phase, manifest in manifests.items():
+            self._only_pairs(mixture_path(self.root, phase).parent, [Path(s.prefix).name for s in manifest.sources.values()])
+        if self._heldout is not None:
+            self._only_pairs(self.root / "heldout", [Path(s.prefix).name for s in self._heldout.categories.values()])
+        for path in sorted((self.root / "tokenized").glob("*.idx")):
+            if not path.with_name(f"{path.stem.removesuffix('.heldout')}.json").exists():
+                self.v.find(path, "record", "a record beside it", "none: left by a run that was killed", DELETE)
+        for folder in self._folders("cache"):
+            current = cache_path(self.root, manifests[folder.name]) if folder.name in manifests else None
+            for path in sorted(folder.iterdir()):
+                if path != current:
+                    found = "of other views" if not path.name.startswith(".") else "left by a build that was killed"
+                    self.v.find(path, "index cache", "only that of the present views", found, DELETE)
+
+    def _only_pairs(self, folder: Path, names: list[str]) -> None:
+        known = {"manifest.json", *(f"{name}{suffix}" for name in names for suffix in (".bin", ".idx"))}
+        for path in sorted(folder.iterdir()):
+            if path.name not in known and not path.name.endswith(".tmp"):
+                self.v.find(path, "file", "one that manifest.json names", "one that it does not", DELETE)
