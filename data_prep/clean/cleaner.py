@@ -1,0 +1,479 @@
+"""The cleaning of all sources of a recipe: which stages have something to do, in which order, and the records at the end.
+
+clean/<source>/filtered/   per shard what passed the filters (compressed), what did not, signatures, a record: redone when the
+                           source's text or anything that acts on it alone changed
+clean/.work/<digest>/      deduplication of all sources together: redone when any of them changed; removed at the end
+clean/<source>/*.jsonl     what stays; duplicates/ what does not; record.json last
+clean/record.json          last of all: the whole is done
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_prep.clean import decontamination
+from data_prep.clean.check import check, ordered_sources
+from data_prep.clean.offline import go_offline
+from data_prep.clean.records import AppliedShard, CleanFile, CleanRecord, DeduplicatedRecord, ShardRecord, StepCount, add_counts
+from data_prep.clean.shards import Shard, SourceText, plan_shards
+from data_prep.errors import DataError
+from data_prep.files import digest_of, file_sha256, verify_file, write_bytes
+from data_prep.optional import need
+from data_prep.progress import Done, Progress
+from data_prep.tokenize import QUARANTINE_FREE_LINES, QUARANTINE_MAX_PERCENT
+from recipes.cleaning import Cleaning, NearDuplicates
+from recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from data_prep.clean.executors import Stage
+
+VERSION = 1
+"""Of what cleaning writes; raise it when the same input and recipe would give other bytes."""
+OPEN_FILES_RESERVE = 256
+"""Beside one file per shard."""
+
+
+def clean(
+    recipe: Recipe, root: Path, inputs: dict[str, SourceText], progress: Progress, workers: int
+) -> dict[str, CleanRecord]:
+    """Clean the sources in `inputs`, all that the recipe has text of, into <root>/clean; returns their records.
+
+    What is up to date is left alone. The output depends on recipe and texts alone, not on `workers` (processes). Killed, it goes on
+    where it was. The caller holds the root's lock. DataError for what a person has to mend.
+    """
+    job = Job.of(recipe, root, inputs)
+    done = job.current()
+    if done is not None:
+        return done
+    from data_prep.clean.executors import run_local
+
+    job.begin()
+    with progress.step(f"filters of {len(inputs)} sources", sum(shard.size_bytes for shard in job.shards)) as tell:
+        stage = job.filter_stage()
+        with _watched(job, tell):
+            run_local(stage, job.work, workers)
+    job.refuse_bad_lines()
+    with progress.step("duplicates", None):
+        for stage in job.duplicate_stages():
+            run_local(stage, job.work, workers)
+    with progress.step("documents that stay", None):
+        run_local(job.apply_stage(), job.work, workers)
+    return job.finish()
+
+
+@dataclass
+class Job:
+    """One cleaning: its digests, shards and stages."""
+
+    recipe: Recipe
+    cleaning: Cleaning
+    root: Path
+    texts: dict[str, SourceText]
+    """Best first."""
+    filtered: dict[str, str]
+    """Source -> digest of its text and all that acts on it alone."""
+    inputs: str
+    """Digest of the whole."""
+    shards: tuple[Shard, ...]
+
+    @classmethod
+    def of(cls, recipe: Recipe, root: Path, inputs: dict[str, SourceText]) -> Job:
+        """DataError for a recipe without cleaning, and as `check` does."""
+        cleaning = recipe.data.cleaning
+        if cleaning is None:
+            raise DataError("data.cleaning is null: there is nothing to clean with; choose one, e.g. data/cleaning=granite_4_1")
+        go_offline()
+        need("datatrove")
+        check(recipe)
+        order = ordered_sources(recipe, cleaning)
+        if missing := set(order) ^ set(inputs):
+            raise DataError(
+                f"cleaning looks for duplicates across all sources with text, and {', '.join(sorted(missing))} is in the recipe or in the "
+                "inputs only; give it all of them"
+            )
+        for name, text in inputs.items():
+            if not text.files:
+                raise DataError(f"source '{name}' has no files; set data.sources.{name}.paths, or remove the source")
+        texts = {name: inputs[name] for name in order}
+        common = _common_identity(recipe, cleaning)
+        filtered = {name: _filtered_digest(recipe, cleaning, name, text, common) for name, text in texts.items()}
+        whole = digest_of(
+            {
+                "version": VERSION,
+                "sources": list(filtered.items()),
+                "exact": cleaning.exact_duplicates is not None,
+                "near": cleaning.near_duplicates is not None,
+            }
+        )
+        return cls(recipe, cleaning, root, texts, filtered, whole, tuple(plan_shards(texts, root)))
+
+    # --- paths
+
+    @property
+    def work(self) -> Path:
+        return self.root / "clean" / ".work" / self.inputs[:16]
+
+    def record_path(self, source: str) -> Path:
+        return self.root / "clean" / source / "record.json"
+
+    @property
+    def whole_path(self) -> Path:
+        return self.root / "clean" / "record.json"
+
+    def shards_of(self, source: str) -> list[Shard]:
+        return [shard for shard in self.shards if shard.source == source]
+
+    # --- done or to do
+
+    def current(self) -> dict[str, CleanRecord] | None:
+        """The records, if all is as it would be made now; every file of documents is read."""
+        whole = DeduplicatedRecord.read_if_valid(self.whole_path)
+        if whole is None or whole.inputs != self.inputs:
+            return None
+        records = {}
+        for name, inputs in whole.sources.items():
+            record = CleanRecord.read_if_valid(self.record_path(name))
+            if record is None or record.inputs != inputs or not intact(self.root, record):
+                return None
+            records[name] = record
+        return records
+
+    def begin(self) -> None:
+        """Forget what will be made again, and what other runs left half done."""
+        from data_prep.clean.filtering import filtered_path
+
+        self.whole_path.unlink(missing_ok=True)
+        above = self.work.parent
+        for folder in above.iterdir() if above.is_dir() else ():
+            if folder != self.work:
+                shutil.rmtree(folder)
+        for shard in self.shards:
+            record = self._shard_record(shard)
+            mark = self.work / "filter" / "completions" / f"{shard.rank:05d}"
+            if record is not None:
+                mark.parent.mkdir(parents=True, exist_ok=True)
+                mark.touch()
+            else:
+                mark.unlink(missing_ok=True)
+                filtered_path(self.root, shard, "json").unlink(missing_ok=True)
+                self.record_path(shard.source).unlink(missing_ok=True)
+
+    def _shard_record(self, shard: Shard) -> ShardRecord | None:
+        """The record of a shard whose files are there and of the recorded size."""
+        from data_prep.clean.filtering import filtered_path
+        from data_prep.clean.minhash import row_bytes
+
+        record = ShardRecord.read_if_valid(filtered_path(self.root, shard, "json"))
+        if record is None or record.inputs != self.filtered[shard.source]:
+            return None
+        near = self.cleaning.near_duplicates
+        expected = {"kept.jsonl.zst": record.kept.bytes}
+        if self.cleaning.exact_duplicates is not None:
+            expected["exact"] = record.documents * 16
+        if self._compared(shard.source):
+            expected["minhash"] = record.signatures * near.buckets * row_bytes(near)
+        for suffix, size in expected.items():
+            path = filtered_path(self.root, shard, suffix)
+            if not path.is_file() or path.stat().st_size != size:
+                return None
+        return record
+
+    def shard_records(self) -> list[ShardRecord]:
+        records = [self._shard_record(shard) for shard in self.shards]
+        for shard, record in zip(self.shards, records, strict=True):
+            if record is None:
+                raise DataError(
+                    f"shard {shard.number} of source '{shard.source}' was altered while it was cleaned; run it again"
+                )
+        return records
+
+    def _compared(self, source: str) -> bool:
+        near = self.cleaning.near_duplicates
+        return near is not None and self.recipe.data.sources[source].category not in near.exempt
+
+    # --- stages
+
+    def filter_stage(self) -> Stage:
+        from data_prep.clean.executors import Stage
+        from data_prep.clean.filtering import FilterShards, FilterStage
+
+        index = None
+        if self.cleaning.decontamination is not None:
+            index = self.work / "benchmarks.npz"
+            if not index.is_file():
+                decontamination.build_index(self.cleaning.decontamination).write(index)
+        stage = FilterStage(
+            root=self.root,
+            cleaning=self.cleaning,
+            categories={name: self.recipe.data.sources[name].category for name in self.texts},
+            tokenizer=_given_tokenizer(self.recipe),
+            index=index,
+            work=self.work,
+            shards=self.shards,
+            inputs=self.filtered,
+        )
+        return Stage("filter", FilterShards(stage), len(self.shards), sum(shard.size_bytes for shard in self.shards))
+
+    def duplicate_stages(self) -> list[Stage]:
+        """Stages that find what goes. Numbers of documents are read from the shards' records when a task runs."""
+        from data_prep.clean import duplicates
+        from data_prep.clean.executors import Stage, raise_open_files
+        from data_prep.clean.filtering import filtered_path
+        from data_prep.clean.minhash import Buckets
+
+        stages, size = [], sum(shard.size_bytes for shard in self.shards)
+        if self.cleaning.exact_duplicates is not None:
+            step = duplicates.ExactParts(self.root, self.shards, self.work)
+            stages.append(Stage("exact", step, duplicates.exact_parts(size), size // 100))
+        near = self.cleaning.near_duplicates
+        if near is not None:
+            if raise_open_files(len(self.shards) + OPEN_FILES_RESERVE) < len(self.shards) + OPEN_FILES_RESERVE:
+                raise DataError(
+                    f"{len(self.shards)} shards need as many open files at once, and this process may have fewer; raise the limit: "
+                    f"ulimit -n {len(self.shards) + OPEN_FILES_RESERVE}"
+                )
+            compared = [shard for shard in self.shards if self._compared(shard.source)]
+            signed = tuple((shard.rank, filtered_path(self.root, shard, "minhash")) for shard in compared)
+            stages.append(Stage("near", Buckets(near, signed, self.work), near.buckets, size // 8))
+        stages.append(Stage("removals", duplicates.Removals(self.root, self.shards, self.work), 1, 0))
+        return stages
+
+    def apply_stage(self) -> Stage:
+        from data_prep.clean.applying import ApplyShards, ApplyStage
+        from data_prep.clean.executors import Stage
+
+        steps = tuple(name for name in ("exact_duplicates", "near_duplicates") if getattr(self.cleaning, name) is not None)
+        stage = ApplyStage(root=self.root, shards=self.shards, steps=steps, work=self.work, inputs=self.inputs)
+        return Stage("apply", ApplyShards(stage), len(self.shards), sum(shard.size_bytes for shard in self.shards) // 8)
+
+    # --- the end
+
+    def refuse_bad_lines(self) -> None:
+        """DataError for a source with more bad lines than a few, or without documents."""
+        by_source: dict[str, list[tuple[Shard, ShardRecord]]] = {}
+        for shard, record in zip(self.shards, self.shard_records(), strict=True):
+            by_source.setdefault(shard.source, []).append((shard, record))
+        for name, found in by_source.items():
+            bad = sum(record.bad_lines for _, record in found)
+            lines = bad + sum(record.documents_in + record.empty_documents for _, record in found)
+            if bad > QUARANTINE_FREE_LINES and bad > lines * QUARANTINE_MAX_PERCENT / 100:
+                first = next(self._quarantine(name), None)
+                raise DataError(
+                    f"source '{name}': {bad} of {lines} lines are bad, more than {QUARANTINE_MAX_PERCENT:g} %; the first: {first['file']}, "
+                    f"line {first['line']}: {first['reason']}; repair the files, or set data.sources.{name}.text_key to the key of the text"
+                )
+            if lines == bad:
+                raise DataError(f"source '{name}' has no documents; check data.sources.{name}.paths, or remove the source")
+
+    def _quarantine(self, source: str) -> Iterator[dict]:
+        """Bad lines of a source in order, with their line numbers in the whole file."""
+        import json
+
+        from data_prep.clean.filtering import filtered_path
+
+        before: dict[tuple[str, int], int] = {}
+        lines: dict[str, int] = {}
+        for shard in self.shards_of(source):
+            record = self._shard_record(shard)
+            for piece in record.pieces if record else ():
+                before[piece.file, piece.start_byte] = lines.get(piece.file, 0)
+                lines[piece.file] = lines.get(piece.file, 0) + piece.lines
+            path = filtered_path(self.root, shard, "quarantine.jsonl")
+            for raw in path.read_bytes().splitlines() if path.exists() else ():
+                entry = json.loads(raw)
+                start = entry.pop("start_byte")
+                yield entry | {"line": entry["line"] + before.get((entry["file"], start), 0)}
+
+    def finish(self) -> dict[str, CleanRecord]:
+        """Write the records of the sources and of the whole; remove the work folder and files of shards that are no more."""
+        shard_records = self.shard_records()
+        records = {}
+        for name in self.texts:
+            own = [(s, r) for s, r in zip(self.shards, shard_records, strict=True) if s.source == name]
+            records[name] = self._finish_source(name, own)
+        for name, record in records.items():
+            if record.documents == 0:
+                steps = ", ".join(
+                    f"{step}: {count.removed_documents}" for step, count in record.steps.items() if count.removed_documents
+                )
+                raise DataError(
+                    f"source '{name}': cleaning removed all of its {record.documents_in} documents ({steps}); widen these steps of "
+                    f"data.cleaning for category '{record.category}', or remove the source"
+                )
+        for name, record in records.items():
+            record.write(self.record_path(name))
+        DeduplicatedRecord(
+            inputs=self.inputs, sources={name: record.inputs for name, record in records.items()}, benchmarks=self._benchmarks()
+        ).write(self.whole_path)
+        shutil.rmtree(self.work.parent)
+        return records
+
+    def _benchmarks(self) -> dict[str, dict[str, int]]:
+        if self.cleaning.decontamination is None:
+            return {}
+        index = decontamination.Index.read(self.work / "benchmarks.npz")
+        found = {
+            name: {"items": 0, "texts_too_short": index.too_short.get(name, 0)}
+            for name in self.cleaning.decontamination.benchmarks
+        }
+        for name, _ in index.names:
+            found[name]["items"] += 1
+        return found
+
+    def _finish_source(self, name: str, own: list[tuple[Shard, ShardRecord]]) -> CleanRecord:
+        from data_prep.clean.applying import applied_record_path, duplicates_path, final_path
+        from data_prep.clean.filtering import filtered_path
+
+        applied = [AppliedShard.model_validate_json(applied_record_path(self.work, shard).read_bytes()) for shard, _ in own]
+        steps: dict[str, StepCount] = {}
+        for record in [*(record for _, record in own), *applied]:
+            for step, count in record.steps.items():
+                steps[step] = add_counts(steps.get(step, StepCount()), count)
+        self._remove_old_files(name, [shard for shard, _ in own])
+        quarantine = list(self._quarantine(name))
+        target = self.root / "clean" / name / "quarantine" / f"{name}.jsonl"
+        if quarantine:
+            from data_prep.clean.filtering import json_line
+
+            write_bytes(target, b"".join(map(json_line, quarantine)))
+        else:
+            target.unlink(missing_ok=True)
+
+        def relative(path: Path) -> str:
+            return str(path.relative_to(self.root))
+
+        files = [
+            CleanFile(
+                path=relative(final_path(self.root, shard)),
+                documents=record.documents,
+                record=record.file,
+                filtered=relative(filtered_path(self.root, shard, "removed.jsonl.zst")),
+                duplicates=relative(duplicates_path(self.root, shard)),
+                duplicates_record=record.duplicates,
+            )
+            for (shard, _), record in zip(own, applied, strict=True)
+        ]
+        return CleanRecord(
+            inputs=digest_of({"filtered": self.filtered[name], "files": [file.record.sha256 for file in files]}),
+            source=name,
+            category=self.recipe.data.sources[name].category,
+            filtered=self.filtered[name],
+            documents_in=sum(record.documents_in for _, record in own),
+            bytes_in=sum(record.bytes_in for _, record in own),
+            documents=sum(record.documents for record in applied),
+            bytes=sum(record.bytes for record in applied),
+            quarantined_lines=sum(record.bad_lines for _, record in own),
+            empty_documents=sum(record.empty_documents for _, record in own),
+            steps=steps,
+            files=files,
+        )
+
+    def _remove_old_files(self, source: str, shards: list[Shard]) -> None:
+        """Of a source that had more shards before."""
+        names = {shard.name for shard in shards}
+        folder = self.root / "clean" / source
+        for path in [*folder.glob("[0-9]*.jsonl"), *folder.glob("filtered/[0-9]*"), *folder.glob("duplicates/[0-9]*")]:
+            if path.name.partition(".")[0] not in names:
+                path.unlink()
+
+
+def intact(root: Path, record: CleanRecord, seen: dict[Path, str] | None = None) -> bool:
+    """Whether the files of documents are what the record says."""
+    try:
+        for file in record.files:
+            verify_file(root / file.path, file.record, remedy="", seen=seen)
+    except DataError:
+        return False
+    return True
+
+
+def _common_identity(recipe: Recipe, cleaning: Cleaning) -> dict:
+    """What acts on every source alone: decontamination, packages."""
+    benchmarks = {}
+    if cleaning.decontamination is not None:
+        for name, benchmark in cleaning.decontamination.benchmarks.items():
+            files = decontamination.benchmark_files(name, benchmark)
+            benchmarks[name] = [[path.name, file_sha256(path)] for path in files]
+    return {
+        "version": VERSION,
+        "packages": {name: version(name) for name in ("datatrove", "py3langid", "numpy")},
+        "benchmarks": benchmarks,
+    }
+
+
+def _filtered_digest(recipe: Recipe, cleaning: Cleaning, name: str, text: SourceText, common: dict) -> str:
+    source = recipe.data.sources[name]
+    filters = cleaning.filters[source.category]
+    tokenizer = None
+    models = {}
+    if filters.gneissweb is not None:
+        given = _given_tokenizer(recipe)
+        if given is not None:
+            from data_prep.tokenizer import load_tokenizer
+
+            tokenizer = load_tokenizer(Path(given[0]), given[1]).digest
+        for part in (filters.gneissweb.quality, filters.gneissweb.categories):
+            models |= {classifier.path: file_sha256(Path(classifier.path)) for classifier in part.values()}
+    masking, near = cleaning.masking, cleaning.near_duplicates
+    return digest_of(
+        {
+            **common,
+            "text": [text.digest, text.text_key, list(text.carry)],
+            "source": name,
+            "filters": filters.model_dump(mode="json"),
+            "decontamination": cleaning.decontamination.model_dump(mode="json") if cleaning.decontamination else None,
+            "masking": masking.model_dump(mode="json", exclude={"exempt"})
+            if masking and source.category not in masking.exempt
+            else None,
+            "exact": cleaning.exact_duplicates.model_dump(mode="json") if cleaning.exact_duplicates else None,
+            "near": _signature_identity(near) if near is not None and source.category not in near.exempt else None,
+            "tokenizer": tokenizer,
+            "models": models,
+        }
+    )
+
+
+def _signature_identity(near: NearDuplicates) -> dict:
+    return near.model_dump(mode="json", exclude={"exempt"})
+
+
+def _given_tokenizer(recipe: Recipe) -> tuple[str, str] | None:
+    """Path and kind of the tokenizer that the recipe names, if it is there; one that is trained comes after cleaning."""
+    spec = recipe.data.tokenizer
+    return (spec.path, spec.kind) if spec.path is not None and Path(spec.path).exists() else None
+
+
+@contextlib.contextmanager
+def _watched(job: Job, tell: Done, seconds: float = 0.3) -> Iterator[None]:
+    """Tell, from a thread, of shards as their records appear; the workers may be other processes."""
+    from data_prep.clean.filtering import filtered_path
+
+    waiting = list(job.shards)
+    ended = threading.Event()
+
+    def look() -> None:
+        for shard in list(waiting):
+            record = ShardRecord.read_if_valid(filtered_path(job.root, shard, "json"))
+            if record is not None and record.inputs == job.filtered[shard.source]:
+                waiting.remove(shard)
+                tell(shard.size_bytes, record.documents_in)
+
+    def loop() -> None:
+        while not ended.wait(seconds):
+            look()
+
+    thread = threading.Thread(target=loop, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    look()
