@@ -12,7 +12,7 @@ import math
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -237,11 +237,20 @@ class _Dealt:
 
 
 def _deal_source(task: _Task) -> _Dealt:
-    dealer = Dealer(task.source, task.lengths_of(task.source), task.seed, task.needs)
-    long_tokens = {length: dealer.long_source_tokens(length) for length in {need.min_document_tokens for need in task.needs}}
-    shortage = _hopeless(dealer.source_tokens, long_tokens, task)
+    lengths = task.lengths_of(task.source)
+    times = getattr(lengths, "stands_for", 1)  # an estimate's documents stand for several (data_prep/estimate.py)
+    dealer = Dealer(task.source, lengths, task.seed, [replace(need, tokens=-(-need.tokens // times)) for need in task.needs])
+    long_tokens = {
+        length: times * dealer.long_source_tokens(length) for length in {need.min_document_tokens for need in task.needs}
+    }
+    shortage = _hopeless(times * dealer.source_tokens, long_tokens, task)
     deals = dealer.deal_all() if shortage is None else []
-    return _Dealt(task.source, dealer.documents, dealer.source_tokens, long_tokens, deals, shortage)
+    if times > 1:
+        deals = [
+            replace(d, pieces=(), documents=times * d.documents, tokens=times * d.tokens, long_tokens=times * d.long_tokens)
+            for d in deals
+        ]
+    return _Dealt(task.source, times * dealer.documents, times * dealer.source_tokens, long_tokens, deals, shortage)
 
 
 def _hopeless(tokens: int, long_tokens: dict[int, int], task: _Task) -> int | None:

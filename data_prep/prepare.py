@@ -42,26 +42,32 @@ def prepare(recipe: Recipe, *, progress: Progress | None = None) -> None:
 
 
 def check(recipe: Recipe) -> None:
-    """Refusals that need no data."""
+    """Refusals that need no data, all at once, one a line."""
     data = recipe.data
+    problems = []
     for name, source in data.sources.items():
         key = f"data.sources.{name}"
         if not name.replace("_", "").replace("-", "").isalnum():
-            raise DataError(f"{key}: the name becomes a file name; use letters, digits, '-' and '_'")
+            problems.append(f"{key}: the name becomes a file name; use letters, digits, '-' and '_'")
         if source.kind == "builtin" and source.builder not in corpus.BUILDERS:
-            raise DataError(f"{key}.builder is {source.builder!r}; the builders are {', '.join(sorted(corpus.BUILDERS))}")
+            problems.append(f"{key}.builder is {source.builder!r}; the builders are {', '.join(sorted(corpus.BUILDERS))}")
         if source.kind != "builtin" and not source.paths:
-            raise DataError(
+            problems.append(
                 f"{key}.paths is empty; name files or glob patterns (files), or one prefix without .bin/.idx (indexed)"
             )
     if data.tokenizer.vocab_size > recipe.model.vocab_size:
-        raise DataError(
+        problems.append(
             f"data.tokenizer.vocab_size is {data.tokenizer.vocab_size}, model.vocab_size {recipe.model.vocab_size}; "
             "the tokenizer may not be larger than the model's embedding: lower the one or raise the other"
         )
     for name in recipe.stages:
         if name in recipe.phase:
-            plan.weights(data, name, recipe.phase[name])
+            try:
+                plan.weights(data, name, recipe.phase[name])
+            except DataError as error:
+                problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------------------

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from launchers.recipe_arguments import add_recipe_arguments
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from data_prep.preview import Preview
     from recipes.schema import Recipe
+
+TABLE_WIDTH = 180
+"""Where there is no terminal: numbers of 10T tokens in ten columns."""
 
 EPILOG = """examples:
   quarry prep curriculum=smoke                       corpus, tokenizer, tokens, held-out sets and views under data.root
@@ -42,8 +49,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = compose(args.overrides, args.config_dir)
     check(recipe)
     if args.dry_run:
-        _show_plan(recipe)
-        return 0
+        return _dry_run(recipe)
     from data_prep.cache_job import build_caches
     from data_prep.prepare import prepare
     from data_prep.progress import Shown
@@ -55,35 +61,110 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _show_plan(recipe: Recipe) -> None:
+def _dry_run(recipe: Recipe) -> int:
+    """Print the plan; DataError with everything that `quarry prep` would refuse, behind what could be planned."""
     from rich.console import Console
+
+    from data_prep.errors import DataError
+    from data_prep.preview import preview
+    from data_prep.sources import threads
+
+    shown = preview(recipe, workers=threads())
+    console = Console(width=None if Console().is_terminal else TABLE_WIDTH, highlight=False)
+    console.print(_phase_table(recipe, shown))
+    console.print(_source_table(recipe, shown))
+    for note in _notes(shown):
+        console.print(note, soft_wrap=True)
+    if shown.problems:
+        raise DataError("\n".join(shown.problems))
+    return 0
+
+
+def _phase_table(recipe: Recipe, shown: Preview) -> Table:
+    """A row per phase and source, and the sum of each phase."""
     from rich.table import Table
 
-    from data_prep.preview import preview
-
-    rows, estimated = preview(recipe)
-    console = Console(width=None if Console().is_terminal else 140)
+    has_long = any(phase.min_document_tokens for phase in shown.phases.values())
     table = Table(title=f"{recipe.name}: what each phase draws from each source", title_justify="left")
     for heading in ("phase", "category", "source"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("share planned %", "share by samples %", "tokens available", "tokens drawn", "epochs so far"):
+    headings = ["share planned %", "share by samples %", "tokens available", "tokens drawn", "epochs so far"]
+    for heading in headings + ["long available", "long drawn %"] * has_long:
         table.add_column(heading, justify="right")
-    last = None
-    for row in rows:
-        mark = "~" if row.source in estimated else ""
+    for name, phase in shown.phases.items():
+        rows = [row for row in shown.rows if row.phase == name]
+        for number, row in enumerate(rows):
+            mark = "~" if row.source in shown.estimated else ""
+            draw = row.draw
+            cells = [
+                name if number == 0 else "",
+                row.category,
+                row.source,
+                f"{row.share_planned_percent:.3f}",
+                ("" if row.samples_given is not None else "=") + f"{row.share_given_percent:.3f}",
+                *((f"{mark}{draw.source_tokens:,}", f"{mark}{draw.tokens:,}", f"{mark}{draw.epochs:.2f}") if draw else "???"),
+            ]
+            if has_long and phase.min_document_tokens and draw:
+                only = "only " if draw.only_long else ""
+                cells += [
+                    f"{mark}{draw.long_source_tokens:,}",
+                    f"{only}{mark}{100 * draw.long_tokens / max(1, draw.tokens):.1f}",
+                ]
+            table.add_row(*cells)
+        by_samples = sum(row.share_given_percent for row in rows)
+        total = [
+            "",
+            "",
+            f"sum, trains {phase.tokens:,}",
+            f"{sum(row.share_planned_percent for row in rows):.3f}",
+            f"{by_samples:.3f}",
+        ]
+        total += ["", f"{phase.tokens_drawn:,}", ""]
+        if phase.min_document_tokens:
+            total += ["", f"{100 * phase.long_tokens / max(1, phase.tokens_drawn):.1f}"]
+        table.add_row(*total, style="dim", end_section=True)
+    return table
+
+
+def _source_table(recipe: Recipe, shown: Preview) -> Table:
+    """A row per source over the whole curriculum."""
+    from rich.table import Table
+
+    table = Table(title="the sources over the whole curriculum", title_justify="left")
+    for heading in ("category", "source"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("documents", "tokens available", "tokens drawn", "epochs", "never read %"):
+        table.add_column(heading, justify="right")
+    for name in sorted(recipe.data.sources, key=lambda name: (recipe.data.sources[name].category, name)):
+        plan, mark = shown.sources.get(name), "~" if name in shown.estimated else ""
+        if plan is None:
+            table.add_row(recipe.data.sources[name].category, name, *"?????")
+            continue
+        unread = 100 * max(0.0, 1 - plan.epochs)
         table.add_row(
-            row.phase if row.phase != last else "",
-            row.category,
-            row.source,
-            f"{row.share_planned_percent:.3f}",
-            f"{row.share_drawn_percent:.3f}",
-            f"{mark}{row.tokens_available:,}",
-            f"{mark}{row.tokens_drawn:,}",
-            f"{mark}{row.epochs:.2f}",
+            plan.category,
+            name,
+            f"{mark}{plan.documents:,}",
+            f"{mark}{plan.tokens:,}",
+            f"{mark}{plan.tokens_drawn:,}",
+            f"{mark}{plan.epochs:.2f}",
+            f"{mark}{unread:.0f}",
         )
-        last = row.phase
-    console.print(table)
-    if estimated:
-        console.print(
-            f"~ estimated from the size of the text, not tokenized yet: {', '.join(sorted(estimated))}", soft_wrap=True
+    return table
+
+
+def _notes(shown: Preview) -> Iterator[str]:
+    if shown.estimated:
+        yield (
+            "~ estimated from a sample of the text as it is now (before cleaning, where that has not run): "
+            f"{', '.join(sorted(shown.estimated))}"
         )
+    if any(row.draw and row.samples_given is None for row in shown.rows):
+        yield "= as planned: the phase is too long to repeat Megatron's blend here, which gives a source at most one sample above its share"
+    if long := [f"{name} {phase.min_document_tokens:,}" for name, phase in shown.phases.items() if phase.min_document_tokens]:
+        yield (
+            f"long: in documents of at least phase.min_document_tokens ({', '.join(long)}); they come first and shorter ones fill up, "
+            f"except where phase.require_long_in names the category ('only')"
+        )
+    if any(row.draw is None for row in shown.rows):
+        yield "? not known, or not to be drawn from; the reason follows"

@@ -19,24 +19,26 @@ def test_the_dry_run_estimates_and_writes_nothing(capsys, tmp_path):
     assert main([*SMOKE, f"data.root={tmp_path}/data", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "long_512k" in out
-    assert "~ estimated from the size of the text" in out
+    assert "~ estimated from a sample of the text" in out
     assert not (tmp_path / "data").exists()
 
 
 def test_the_dry_run_shows_what_prepare_does(prepared):
     from data_prep.manifest import MixtureManifest, mixture_path
 
-    rows, estimated = preview(helpers.recipe(prepared))
-    assert not estimated
-    for row in rows:
+    shown = preview(helpers.recipe(prepared))
+    assert not shown.estimated
+    assert not shown.problems
+    for row in shown.rows:
         view = MixtureManifest.read(mixture_path(prepared / "data", row.phase)).sources[row.source]
-        assert (row.tokens_drawn, row.epochs, row.share_planned_percent) == (
+        assert (row.draw.tokens, row.draw.epochs, row.share_planned_percent) == (
             view.tokens_available,
             view.epochs,
             view.share_percent,
         )
-    for phase in helpers.SHARES:
-        assert sum(row.share_drawn_percent for row in rows if row.phase == phase) == pytest.approx(100, abs=5)
+    for name, phase in shown.phases.items():
+        assert sum(row.samples_given for row in shown.rows if row.phase == name) == phase.samples
+        assert sum(row.share_given_percent for row in shown.rows if row.phase == name) == pytest.approx(100)
 
 
 def test_refusals_are_one_message_and_exit_code_2(capsys, tmp_path):
