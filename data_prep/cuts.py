@@ -1,0 +1,139 @@
+"""Where a long text may be cut so that its pieces, encoded apart, give the tokens of the whole.
+
+A tokenizer's memory grows with one text (tens of bytes a byte), and one thread encodes it. A byte-level BPE tokenizer splits text by a
+regular expression before anything else; where no match of that expression can cross a position, and none looks behind itself, the
+position is a cut.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+LONG_TEXT_CHARS = 1 << 20
+"""A longer text is cut into pieces of about this size."""
+KNOWN_SPLITS = frozenset(
+    {
+        # GPT-2, as its first version and as ByteLevel with use_regex write it
+        r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
+        r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
+        # cl100k, Llama 3, Granite 4
+        r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+        # o200k
+        r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"""
+        r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"""
+        r"""\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+        # Qwen 2
+        r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+    }
+)
+"""Patterns that were read with this in mind: no alternative goes on from a letter to what CUT asks for behind it, none looks behind."""
+CUT = re.compile(r"[^\W\d_](?=[ \t\r\n.,;:!?()\[\]{}<>/+=*&#@\"%$|\\~`^。，、！？；：])")
+"""A letter, and behind it a character that is no letter, mark, number or apostrophe (contractions begin with one)."""
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """Cuts long texts for one tokenizer."""
+
+    exact: bool
+    """Whether there is a way to cut at all; without one every text stays whole."""
+    unbroken: tuple[str, ...] = ()
+    """Added tokens that a cut could go through: they are taken out of the text before it is split."""
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Cutter:
+        """For a tokenizer.json."""
+        added = config.get("added_tokens") or []
+        exact = _splits_by_known_patterns(config) and not any(token.get("single_word") for token in added)
+        return cls(exact, tuple(token["content"] for token in added if CUT.search(token["content"])))
+
+    def cut_all(self, texts: Sequence[str]) -> tuple[Sequence[str], list[int] | None]:
+        """The pieces of all texts, and where each text's begin (None: nothing was cut)."""
+        if not self.exact or all(len(text) <= LONG_TEXT_CHARS for text in texts):
+            return texts, None
+        pieces: list[str] = []
+        starts = []
+        for text in texts:
+            starts.append(len(pieces))
+            pieces += self.cut(text)
+        return pieces, starts
+
+    def cut(self, text: str) -> list[str]:
+        """`text` in pieces of about LONG_TEXT_CHARS; a stretch without a place to cut stays whole."""
+        pieces, start = [], 0
+        while len(text) - start > LONG_TEXT_CHARS:
+            end = self._next(text, start + LONG_TEXT_CHARS)
+            if end is None:
+                break
+            pieces.append(text[start:end])
+            start = end
+        return [*pieces, text[start:]]
+
+    def isolate(self, text: str, spans: Iterable[tuple[int, int]]) -> list[tuple[str, bool]]:
+        """`text` in pieces, each with whether it holds one of `spans` (start, end; in order); they reach from cut to cut."""
+        pieces: list[tuple[str, bool]] = []
+        done = 0
+        begin = end = 0
+        for first, last in spans:
+            if last <= end:
+                continue
+            start = max(self._last(text, done, first), done)
+            if end and start <= end:  # goes on from the piece before
+                start = begin
+            elif end:
+                pieces.append((text[begin:end], True))
+                done = end
+            stop = self._next(text, max(last - 1, 0))
+            if start > done:
+                pieces.append((text[done:start], False))
+                done = start
+            begin, end = start, len(text) if stop is None else stop
+        if end:
+            pieces.append((text[begin:end], True))
+        if end < len(text):
+            pieces.append((text[end:], False))
+        return pieces
+
+    def _last(self, text: str, floor: int, limit: int) -> int:
+        """The last cut in (floor, limit], or floor."""
+        reach = 256
+        while True:
+            low = max(floor, limit - reach)
+            # One character beyond the limit, because a cut is told by the character behind it.
+            found = [cut.end() for cut in CUT.finditer(text, low, limit + 1) if cut.end() <= limit and self._is_cut(text, cut)]
+            if found or low == floor:
+                return found[-1] if found else floor
+            reach *= 8
+
+    def _next(self, text: str, start: int) -> int | None:
+        return next((cut.end() for cut in CUT.finditer(text, start) if self._is_cut(text, cut)), None)
+
+    def _is_cut(self, text: str, cut: re.Match[str]) -> bool:
+        end = cut.end()
+        return cut[0].isalpha() and not any(
+            token in text[max(0, end - len(token) + 1) : end + len(token) - 1] for token in self.unbroken
+        )
+
+
+def _splits_by_known_patterns(config: dict[str, Any]) -> bool:
+    if config.get("normalizer") is not None or config["model"].get("type") != "BPE":
+        return False
+    before = config.get("pre_tokenizer") or {}
+    steps = before.get("pretokenizers", []) if before.get("type") == "Sequence" else [before]
+    splits = False
+    for step in steps:
+        kind = step.get("type")
+        if kind == "Split":
+            if step["pattern"].get("Regex") not in KNOWN_SPLITS or step["behavior"] != "Isolated" or step["invert"]:
+                return False
+            splits = True
+        elif kind == "ByteLevel":
+            if step.get("add_prefix_space"):
+                return False
+            splits = splits or step.get("use_regex", True)
+        elif kind != "Digits":
+            return False
+    return splits

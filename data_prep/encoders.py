@@ -1,0 +1,371 @@
+"""Blocks of documents to token ids, exactly as the reference tokenizer gives them: gigatoken where it is equal, the reference elsewhere.
+
+Where gigatoken may differ shows in its own output: a byte-level vocabulary loses nothing, so the bytes of the tokens are the text. A
+table over the vocabulary marks tokens that may begin a code point which the two read differently, control tokens, and NUL; one lookup
+per token finds the documents that the reference has to encode (data_prep.token_table).
+"""
+
+from __future__ import annotations
+
+import itertools
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from data_prep.blocks import Block
+from data_prep.cuts import Cutter
+from data_prep.gigatoken_engine import Engine
+from data_prep.optional import need
+from data_prep.text_files import EMPTY, Reason, parse_line
+from data_prep.token_table import TokenTable
+
+REFERENCE_CHARS = 4 << 20
+"""Encoded by the reference in one call at most: its results take some 100 bytes a token."""
+MAX_STRETCH_CHARS = 8 << 20
+"""A longer stretch without a place to cut (one word of 8 million letters) is quarantined: it would take hundreds of MB and minutes."""
+
+Outcome = np.ndarray | Reason
+"""Token ids of a document (uint32 [tokens]), or why it is none."""
+
+
+@dataclass
+class Encoded:
+    """The documents of a block in order."""
+
+    ids: np.ndarray
+    """uint32 [tokens of all documents]"""
+    counts: np.ndarray
+    """int64 [documents]"""
+    places: list[int]
+    bad: list[tuple[int, Reason]]
+    text_bytes: int
+    """UTF-8 of all documents."""
+    routed: Counter[str] = field(default_factory=Counter)
+    """Documents that the reference encoded, by cause."""
+    control_tokens: int = 0
+    """Tokens that text spelled and that became control tokens."""
+
+
+class Reference(Protocol):
+    """The tokenizer that defines what is right."""
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text (integers [tokens]), nothing added before or after."""
+        ...
+
+
+class HuggingFaceReference:
+    """The `tokenizers` library over a tokenizer.json; loaded when it is first asked."""
+
+    def __init__(self, tokenizer_json: bytes, *, control_as_text: bool) -> None:
+        self._json, self._control_as_text = tokenizer_json, control_as_text
+        self._tokenizer: Any = None
+
+    @property
+    def tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            import tokenizers
+
+            loaded = tokenizers.Tokenizer.from_str(self._json.decode())
+            loaded.no_truncation()
+            loaded.no_padding()
+            loaded.encode_special_tokens = self._control_as_text
+            self._tokenizer = loaded
+        return self._tokenizer
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        found: list[np.ndarray] = []
+        start = 0
+        while start < len(texts):
+            end, size = start, 0
+            while end < len(texts) and (end == start or size + len(texts[end]) <= REFERENCE_CHARS):
+                size += len(texts[end])
+                end += 1
+            encodings = self.tokenizer.encode_batch_fast(list(texts[start:end]), add_special_tokens=False)
+            found += [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+            start = end
+        return found
+
+
+class SentencePieceReference:
+    """The sentencepiece library over a .model; what text spells never becomes a control token there."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        import sentencepiece
+
+        self._processor, self._threads = sentencepiece.SentencePieceProcessor(model_file=path), threads
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.array(ids, dtype=np.uint32) for ids in self._processor.encode(list(texts), num_threads=self._threads)]
+
+
+class Encoder(Protocol):
+    """Encodes blocks; safe to use from several threads."""
+
+    reads_lines: bool
+    """Whether it takes JSON lines; otherwise blocks have to be read as text."""
+
+    def encode(self, block: Block) -> Encoded: ...
+
+
+class ReferenceEncoder:
+    """Everything by the reference: for tokenizers that gigatoken cannot load or encodes differently."""
+
+    reads_lines = False
+
+    def __init__(self, reference: Reference, cutter: Cutter | None) -> None:
+        self.reference, self.cutter = reference, cutter
+
+    def encode(self, block: Block) -> Encoded:
+        return _joined(block, self.outcomes([text for _, text, _ in block.extra], Counter()), Counter())
+
+    def outcomes(self, texts: Sequence[str], routed: Counter[str]) -> list[Outcome]:
+        return encode_cut(self.reference, self.cutter, texts)
+
+
+def encode_cut(reference: Reference, cutter: Cutter | None, texts: Sequence[str]) -> list[Outcome]:
+    """The reference's ids of each text, long ones encoded in pieces."""
+    if cutter is None:
+        return list(reference.encode(texts))
+    pieces, starts = cutter.cut_all(texts)
+    if starts is None:
+        return list(reference.encode(texts))
+    return [
+        _uncut(parts) or np.concatenate(reference.encode(parts))
+        for parts in (pieces[a:b] for a, b in zip(starts, [*starts[1:], len(pieces)], strict=True))
+    ]
+
+
+def _uncut(pieces: Sequence[str]) -> Reason | None:
+    longest = max(map(len, pieces))
+    if longest > MAX_STRETCH_CHARS:
+        return Reason("stretch too long", f"{longest} characters without a place to cut, at most {MAX_STRETCH_CHARS}")
+    return None
+
+
+class GigatokenEncoder:
+    """gigatoken for all documents but those that it may encode differently from the reference."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        table: TokenTable,
+        reference: Reference,
+        cutter: Cutter,
+        text_key: str,
+        normalizer: str | None = None,
+    ) -> None:
+        """`normalizer`: the Unicode form (NFC ...) that the tokenizer brings text to; text that has it already goes to gigatoken."""
+        self.engine, self.table, self.reference, self.cutter = engine, table, reference, cutter
+        self.text_key, self.normalizer = text_key, normalizer
+        self.reads_lines = normalizer is None
+
+    def encode(self, block: Block) -> Encoded:
+        routed: Counter[str] = Counter()
+        extra = self.outcomes([text for _, text, _ in block.extra], routed)
+        if not block.places:
+            return _joined(block, extra, routed)
+        assert block.buffer is not None
+        block.buffer.seal(block.used)
+        ids, counts = self.engine.encode_lines(block.buffer, self.text_key)
+        if len(counts) != len(block.places):
+            # A text that is no string, or JSON that gigatoken does not take: it dropped documents.
+            return self._strictly(block, extra, routed)
+        total, flagged = self.table.scan(ids, counts)
+        empty = np.flatnonzero(counts == 0)
+        if not (extra or len(flagged) or len(empty)):
+            return Encoded(ids, counts, block.places, block.bad, total, routed)
+        edits: list[_Edit] = [
+            _Edit(before, 0, outcome, place) for (before, _, place), outcome in zip(block.extra, extra, strict=True)
+        ]
+        suspects = sorted({*flagged, *empty.tolist()})
+        if suspects:
+            starts = np.concatenate(([0], np.cumsum(counts)))
+            texts, kept = [], []
+            wanted = set(suspects)
+            for number, line in enumerate(block.lines()):
+                if number in wanted:
+                    parsed = parse_line(line, self.text_key)
+                    total -= self.table.bytes_of(ids[starts[number] : starts[number + 1]])
+                    if isinstance(parsed, Reason):
+                        edits.append(_Edit(number, 1, parsed, block.places[number]))
+                    else:
+                        texts.append(parsed.text)
+                        kept.append(number)
+                        total += _utf8_size(parsed.text)
+                        routed[flagged.get(number, "no tokens")] += 1
+            for number, outcome in zip(kept, self._exactly(texts), strict=True):
+                edits.append(_Edit(number, 1, outcome, block.places[number]))
+        return _spliced(
+            block, ids, counts, edits, total + sum(_utf8_size(text) for _, text, _ in block.extra), routed, self.table
+        )
+
+    def outcomes(self, texts: Sequence[str], routed: Counter[str]) -> list[Outcome]:
+        """What each text is encoded as."""
+        found: list[Outcome] = [EMPTY] * len(texts)
+        fast, slow = [], []
+        for number, text in enumerate(texts):
+            if self.normalizer and not text.isascii() and not unicodedata.is_normalized(self.normalizer, text):
+                slow.append(number)
+                routed["not normalized"] += 1
+            else:
+                fast.append(number)
+        pieces, starts = self.cutter.cut_all([texts[n] for n in fast])
+        if starts is not None:
+            bounds = [*starts, len(pieces)]
+            whole = []
+            for position, number in enumerate(fast):
+                parts = pieces[bounds[position] : bounds[position + 1]]
+                reason = _uncut(parts)
+                if reason:
+                    found[number] = reason
+                else:
+                    whole.append((number, parts))
+            fast = [number for number, _ in whole]
+            pieces = [piece for _, parts in whole for piece in parts]
+            starts = np.cumsum([0, *(len(parts) for _, parts in whole)])[:-1].tolist()
+        ids, counts = self.engine.encode_texts(pieces)
+        if starts is not None and len(starts):
+            counts = np.add.reduceat(counts, starts)
+        flagged = self.table.scan(ids, counts)[1] if fast else {}
+        end = 0
+        for position, number in enumerate(fast):
+            begin, end = end, end + int(counts[position])
+            if position in flagged:
+                slow.append(number)
+                routed[flagged[position]] += 1
+            else:
+                found[number] = ids[begin:end]
+        for number, outcome in zip(slow, self._exactly([texts[n] for n in slow]), strict=True):
+            found[number] = outcome
+        return found
+
+    def _exactly(self, texts: Sequence[str]) -> list[Outcome]:
+        """Documents that gigatoken may encode differently: the reference gets the stretches where it may, where cuts are exact."""
+        pieces: list[tuple[str, bool]] = []
+        starts = []
+        for text in texts:
+            spans = self.table.spans(text)
+            starts.append(len(pieces))
+            if spans and self.cutter.exact:
+                isolated = self.cutter.isolate(text, spans)
+                pieces += [(part, slow) for piece, slow in isolated for part in self.cutter.cut(piece)]
+            else:
+                pieces += [(part, True) for part in self.cutter.cut(text)]
+        bounds = [*starts, len(pieces)]
+        fast = [number for number, (_, slow) in enumerate(pieces) if not slow]
+        slow = [number for number, (_, slow) in enumerate(pieces) if slow]
+        found: dict[int, np.ndarray] = {}
+        ids, counts = self.engine.encode_texts([pieces[number][0] for number in fast])
+        for number, part in zip(fast, np.split(ids, np.cumsum(counts)[:-1]) if fast else [], strict=True):
+            found[number] = part
+        found.update(zip(slow, self.reference.encode([pieces[number][0] for number in slow]), strict=True))
+        outcomes: list[Outcome] = []
+        for begin, end in itertools.pairwise(bounds):
+            parts = [found[number] for number in range(begin, end)]
+            outcomes.append(_uncut([piece for piece, _ in pieces[begin:end]]) or np.concatenate(parts))
+        return outcomes
+
+    def _strictly(self, block: Block, extra: list[Outcome], routed: Counter[str]) -> Encoded:
+        """A block whose lines have to be parsed here."""
+        given = iter(extra)
+        places, texts, outcomes, bad = [], [], [], list(block.bad)
+        pending: list[int] = []
+        for place, document in block.texts():
+            if isinstance(document, bytes):
+                parsed = parse_line(document, self.text_key)
+                if isinstance(parsed, Reason):
+                    bad.append((place, parsed))
+                    continue
+                pending.append(len(outcomes))
+                outcomes.append(EMPTY)
+                texts.append(parsed.text)
+            else:
+                outcomes.append(next(given))
+                texts.append(document)
+            places.append(place)
+        for number, outcome in zip(pending, self.outcomes([texts[n] for n in pending], routed), strict=True):
+            outcomes[number] = outcome
+        again = Block(extra=[(0, text, place) for text, place in zip(texts, places, strict=True)], bad=bad)
+        return _joined(again, outcomes, routed, self.table)
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """Put `outcome` before document `index`, instead of the `dropped` (0 or 1) documents there."""
+
+    index: int
+    dropped: int
+    outcome: Outcome
+    place: int
+
+
+def _utf8_size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _spliced(
+    block: Block,
+    ids: np.ndarray,
+    counts: np.ndarray,
+    edits: list[_Edit],
+    text_bytes: int,
+    routed: Counter[str],
+    table: TokenTable,
+) -> Encoded:
+    """The documents of a block with `edits` made."""
+    starts = np.concatenate(([0], np.cumsum(counts)))
+    parts, lengths, places, bad, control = [], [], [], list(block.bad), 0
+    position = 0
+    for edit in sorted(edits, key=lambda e: (e.index, e.dropped)):
+        parts.append(ids[starts[position] : starts[edit.index]])
+        lengths.append(counts[position : edit.index])
+        places += block.places[position : edit.index]
+        position = edit.index + edit.dropped
+        outcome = edit.outcome
+        if isinstance(outcome, np.ndarray) and not len(outcome):
+            outcome = Reason("no tokens", text="the text gives no tokens")
+        if isinstance(outcome, Reason):
+            bad.append((edit.place, outcome))
+            if edit.dropped == 0:
+                text_bytes -= sum(_utf8_size(text) for _, text, place in block.extra if place == edit.place)
+            continue
+        parts.append(outcome)
+        lengths.append(np.array([len(outcome)]))
+        places.append(edit.place)
+        control += table.count_control(outcome)
+    parts.append(ids[starts[position] :])
+    lengths.append(counts[position:])
+    places += block.places[position:]
+    return Encoded(np.concatenate(parts), np.concatenate(lengths), places, bad, text_bytes, routed, control)
+
+
+def _joined(block: Block, outcomes: list[Outcome], routed: Counter[str], table: TokenTable | None = None) -> Encoded:
+    """A block that has only extra documents."""
+    good: list[np.ndarray] = []
+    places, bad, size, control = [], list(block.bad), 0, 0
+    for (_, text, place), outcome in zip(block.extra, outcomes, strict=True):
+        if isinstance(outcome, Reason):
+            bad.append((place, outcome))
+        elif not len(outcome):
+            bad.append((place, Reason("no tokens", text="the text gives no tokens")))
+        else:
+            good.append(outcome)
+            places.append(place)
+            size += _utf8_size(text)
+            control += table.count_control(outcome) if table else 0
+    ids = np.concatenate(good) if good else np.zeros(0, np.uint32)
+    return Encoded(ids, np.array([len(o) for o in good], np.int64), places, bad, size, routed, control)
+
+
+def gigatoken_engine(tokenizer_json: bytes, memory_bytes: int) -> Engine | str:
+    """gigatoken over this tokenizer.json, or why it cannot load it."""
+    need("gigatoken.gigatoken_rs")
+    try:
+        return Engine(tokenizer_json, memory_bytes)
+    except ValueError as error:
+        return str(error)

@@ -1,0 +1,324 @@
+"""One shard of a tokenizing job: read, encode and write at the same time; its files appear whole, its record last.
+
+Three stages run side by side: a thread reads, checks and digests blocks, two keep the tokenizer's threads busy (while one block's last
+document is finished the next block runs), and the calling thread writes in order. Memory is bounded by the number of blocks under way.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from data_prep.blocks import LINE_BITS, BlockReader, Piece, xxh3
+from data_prep.encoder_choice import Choice, make_encoder
+from data_prep.encoders import Encoded, Encoder
+from data_prep.errors import DataError
+from data_prep.files import Sha256, Strict, atomic_write, write_json
+from data_prep.records import Count
+
+BLOCKS_UNDER_WAY = 4
+"""Two being encoded, one ready for them, one being read."""
+ENCODER_THREADS = 2
+
+Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+OnProgress = Callable[[int, int, int], None]
+"""Called with (bytes of input, documents, tokens) since the last call."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all shards of a job have in common; can be handed to another process."""
+
+    choice: Choice
+    text_key: str
+    vocab_size: int
+    eod_id: int | None
+    """Appended to every document; None: nothing is."""
+    dtype: str
+    folder: str
+    """Where the files of shards lie."""
+    settings: str
+    """Digest of all that the output depends on, the input left out."""
+    threads: int
+    memory_bytes: int
+
+
+class PieceRecord(Strict):
+    """Part of an input file as it was read."""
+
+    file: Count
+    start: Count
+    end: Count
+    xxh3: Xxh3
+    """Of the bytes read, of a packed file as it lies on disk."""
+    lines: Count
+    """Blank ones too; rows of a Parquet file."""
+
+
+class ShardRecord(Strict):
+    """Written last, beside NNNNNN.bin (tokens), NNNNNN.lengths (int32 [documents]) and, maybe, NNNNNN.bad.jsonl."""
+
+    format: Literal["quarry.shard/1"] = "quarry.shard/1"
+    settings: Sha256
+    pieces: list[PieceRecord]
+    documents: Count
+    tokens: Count
+    text_bytes: Count
+    max_token_id: Annotated[int, Field(ge=-1)]
+    bytes: Count
+    xxh3: Xxh3
+    """Of the .bin."""
+    lengths_xxh3: Xxh3
+    bad: dict[str, Count]
+    """Kind of reason -> lines that are no document."""
+    reference_documents: dict[str, Count]
+    """Cause -> documents that the reference tokenizer encoded because gigatoken might differ."""
+    control_tokens: Count
+    """Control tokens that text spelled."""
+
+
+def xxh3_of(data: Any) -> str:
+    digest = xxh3()
+    digest.update(data)
+    return digest.hexdigest()
+
+
+def stem(folder: str, number: int) -> Path:
+    return Path(folder) / f"{number:06d}"
+
+
+def run_shard(
+    job: Job, number: int, pieces: list[Piece], get_encoder: Callable[[], Encoder], on_progress: OnProgress
+) -> ShardRecord:
+    """Tokenize the pieces into <folder>/<number>.*; `get_encoder` is called while the first blocks are being read."""
+    reads_lines = job.choice.gigatoken and job.choice.normalizer is None
+    pipeline = _Pipeline(job, BlockReader(pieces, job.text_key, BLOCKS_UNDER_WAY + 2, as_text=not reads_lines))
+    target = stem(job.folder, number)
+    lengths: list[np.ndarray] = []
+    bad: Counter[str] = Counter()
+    routed: Counter[str] = Counter()
+    bin_digest = xxh3()
+    text_bytes = control = size = 0
+    highest = -1
+    try:
+        pipeline.start()
+        with atomic_write(target.with_suffix(".bin")) as out, atomic_write(target.with_suffix(".bad.jsonl")) as rejects:
+            pipeline.encode_with(get_encoder())
+            for done, tokens in pipeline.results():
+                out.write(tokens.data)
+                bin_digest.update(tokens.data)
+                lengths.append(done.counts)
+                text_bytes += done.text_bytes
+                control += done.control_tokens
+                routed.update(done.routed)
+                size += tokens.nbytes
+                if tokens.size:
+                    highest = max(highest, int(tokens.max()))
+                for place, reason in done.bad:
+                    bad[reason.kind] += 1
+                    entry = {
+                        "piece": place >> LINE_BITS,
+                        "line": place & ((1 << LINE_BITS) - 1),
+                        "kind": reason.kind,
+                        "reason": str(reason),
+                    }
+                    rejects.write(json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+                on_progress(done.read_bytes, len(done.counts), tokens.size)
+            if highest >= job.vocab_size:
+                raise DataError(
+                    f"{job.choice.path}: token id {highest}, but the vocabulary has {job.vocab_size} entries; "
+                    "the tokenizer's files contradict each other, make them again"
+                )
+    finally:
+        pipeline.close()
+    if not bad:
+        target.with_suffix(".bad.jsonl").unlink()
+    all_lengths = np.concatenate(lengths).astype("<i4") if lengths else np.zeros(0, "<i4")
+    with atomic_write(target.with_suffix(".lengths")) as f:
+        f.write(all_lengths.data)
+    record = ShardRecord(
+        settings=job.settings,
+        pieces=[
+            PieceRecord(file=piece.file, start=piece.start, end=piece.end, xxh3=digest, lines=lines)
+            for piece, digest, lines in zip(pieces, pipeline.reader.digests, pipeline.reader.lines, strict=True)
+        ],
+        documents=len(all_lengths),
+        tokens=size // np.dtype(job.dtype).itemsize,
+        text_bytes=text_bytes,
+        max_token_id=highest,
+        bytes=size,
+        xxh3=bin_digest.hexdigest(),
+        lengths_xxh3=xxh3_of(all_lengths.data),
+        bad=dict(sorted(bad.items())),
+        reference_documents=dict(sorted(routed.items())),
+        control_tokens=control,
+    )
+    write_json(target.with_suffix(".json"), record.model_dump(mode="json"))
+    return record
+
+
+@dataclass
+class _Done:
+    """A block that was encoded; its tokens go beside it."""
+
+    counts: np.ndarray
+    """int64 [documents]: tokens of each, added ones too."""
+    bad: list[tuple[int, Any]]
+    text_bytes: int
+    routed: Counter[str]
+    control_tokens: int
+    read_bytes: int
+
+
+class _Pipeline:
+    """Threads from a reader to packed tokens in order."""
+
+    def __init__(self, job: Job, reader: BlockReader) -> None:
+        self.job, self.reader = job, reader
+        self._blocks: queue.Queue[Any] = queue.Queue()
+        self._results: queue.Queue[Any] = queue.Queue()
+        self._slots = threading.Semaphore(BLOCKS_UNDER_WAY)
+        self._stopped = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        self._run(self._read)
+
+    def encode_with(self, encoder: Encoder) -> None:
+        for _ in range(ENCODER_THREADS):
+            self._run(lambda: self._encode(encoder))
+
+    def results(self) -> Any:
+        """(_Done, tokens to write) of every block, in order; raises what a thread raised."""
+        waiting: dict[int, tuple[_Done, np.ndarray]] = {}
+        following, ended = 0, 0
+        while ended < ENCODER_THREADS:
+            item = self._results.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                ended += 1
+                continue
+            waiting[item[0]] = item[1:]
+            while following in waiting:
+                yield waiting.pop(following)
+                self._slots.release()
+                following += 1
+
+    def close(self) -> None:
+        """End the threads, also when they have not finished."""
+        self._stopped.set()
+        self._slots.release(BLOCKS_UNDER_WAY)
+        for _ in range(ENCODER_THREADS):
+            self._blocks.put(None)
+        for thread in self._threads:
+            thread.join()
+        self.reader.close()
+
+    def _run(self, work: Callable[[], None]) -> None:
+        def guarded() -> None:
+            try:
+                work()
+            except BaseException as error:
+                self._results.put(error)
+
+        thread = threading.Thread(target=guarded, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def _read(self) -> None:
+        for number, block in enumerate(self.reader.blocks()):
+            self._slots.acquire()
+            if self._stopped.is_set():
+                return
+            self._blocks.put((number, block))
+        for _ in range(ENCODER_THREADS):
+            self._blocks.put(None)
+
+    def _encode(self, encoder: Encoder) -> None:
+        while (item := self._blocks.get()) is not None and not self._stopped.is_set():
+            number, block = item
+            encoded = encoder.encode(block)
+            self.reader.release(block)
+            counts, tokens = packed(encoded, self.job)
+            done = _Done(counts, encoded.bad, encoded.text_bytes, encoded.routed, encoded.control_tokens, block.read_bytes)
+            self._results.put((number, done, tokens))
+            del item, block, encoded, tokens
+        self._results.put(None)
+
+
+def packed(encoded: Encoded, job: Job) -> tuple[np.ndarray, np.ndarray]:
+    """(counts, tokens) with what stands before and behind every document added, tokens in the dtype of the .bin."""
+    before = np.array(job.choice.prefix, dtype=job.dtype)
+    behind = np.array([*job.choice.suffix, *(() if job.eod_id is None else (job.eod_id,))], dtype=job.dtype)
+    added = len(before) + len(behind)
+    ids, counts = encoded.ids, encoded.counts
+    if added == 0:
+        return counts, ids.astype(job.dtype, copy=False)
+    documents = len(counts)
+    out = np.empty(len(ids) + documents * added, dtype=job.dtype)
+    ends = np.cumsum(counts)
+    if len(ids) > 64 * documents:  # long documents: a copy for each is faster than a mask over all tokens
+        source = target = 0
+        for end in ends.tolist():
+            size = end - source
+            target += len(before)
+            out[target : target + size] = ids[source:end]
+            target += size + len(behind)
+            source = end
+    else:
+        own = np.ones(len(out), dtype=bool)
+        starts = ends - counts + np.arange(documents) * added
+        for offset in range(len(before)):
+            own[starts + offset] = False
+        for offset in range(len(behind)):
+            own[starts + len(before) + counts + offset] = False
+        out[own] = ids
+    first = ends - counts + np.arange(documents) * added
+    for offset, token in enumerate(before):
+        out[first + offset] = token
+    for offset, token in enumerate(behind):
+        out[first + len(before) + counts + offset] = token
+    return counts + added, out
+
+
+# --- several processes -----------------------------------------------------------------------------------------------------------
+
+_encoder: Encoder | None = None
+_progress: Any = None
+
+
+def start_worker(threads: int, progress: Any, parent: int) -> None:
+    """Initialize a worker process; `progress` is a queue for (bytes, documents, tokens)."""
+    import ctypes
+    import os
+    import signal
+
+    global _progress
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    ctypes.CDLL(None).prctl(
+        1, signal.SIGKILL
+    )  # PR_SET_PDEATHSIG: no worker outlives a killed parent and writes beside the next run
+    if os.getppid() != parent:
+        os._exit(1)
+    _progress = progress
+
+
+def run_in_worker(job: Job, number: int, pieces: list[Piece]) -> ShardRecord:
+    def encoder() -> Encoder:
+        global _encoder
+        if _encoder is None:
+            _encoder = make_encoder(job.choice, job.text_key, job.threads, job.memory_bytes)
+        return _encoder
+
+    return run_shard(job, number, pieces, encoder, lambda *done: _progress.put(done))
