@@ -10,12 +10,12 @@ from pathlib import Path
 
 from data_prep import corpus, plan, tokenize, tokenizer, views
 from data_prep.errors import DataError
-from data_prep.files import exclusive_lock, remove_leftovers
+from data_prep.files import digest_of, exclusive_lock, remove_leftovers
 from data_prep.heldout import build_heldout, current_heldout, heldout_inputs, tokens_needed
 from data_prep.manifest import TokenizerRecord
 from data_prep.progress import Progress, Silent
 from data_prep.records import TokenizedRecord
-from data_prep.sources import Content, build_builtin, content_of, documents, threads
+from data_prep.sources import Content, build_builtin, content_of, threads
 from data_prep.tokenizer_step import make_tokenizer
 from recipes.schema import Recipe
 
@@ -35,6 +35,7 @@ def prepare(recipe: Recipe, *, progress: Progress | None = None) -> None:
         seen: dict[Path, str] = {}
         build_builtin(recipe, root, progress, seen)
         contents = {name: content_of(root, name, source) for name, source in recipe.data.sources.items()}
+        contents = _cleaned(recipe, root, contents, progress)
         given, description = make_tokenizer(recipe, root, contents, progress)
         records = {name: _tokens(recipe, root, name, contents[name], given, progress, seen) for name in recipe.data.sources}
         _heldout(recipe, root, records, description, progress, seen)
@@ -70,6 +71,40 @@ def check(recipe: Recipe) -> None:
         raise DataError("\n".join(problems))
 
 
+# --- text -----------------------------------------------------------------------------------------------------------------------
+
+
+def _cleaned(recipe: Recipe, root: Path, contents: dict[str, Content], progress: Progress) -> dict[str, Content]:
+    """The contents after data.cleaning; sources that come tokenized are as they are."""
+    if recipe.data.cleaning is None:
+        return contents
+    from data_prep.clean import SourceText, clean
+
+    sources = recipe.data.sources
+    texts = {
+        name: SourceText(
+            files=content.paths,
+            text_key=content.text_key,
+            digest=digest_of(content.identity),
+            carry=(sources[name].repository_key, sources[name].path_key) if sources[name].concatenate else (),
+        )
+        for name, content in contents.items()
+        if sources[name].kind != "indexed"
+    }
+    records = clean(recipe, root, texts, progress, threads())
+    cleaned = {
+        name: Content(
+            paths=tuple(root / file.path for file in record.files),
+            text_key="text",
+            identity=[file.record.sha256 for file in record.files],
+            size_bytes=record.bytes,
+            given=contents[name].given,
+        )
+        for name, record in records.items()
+    }
+    return contents | cleaned
+
+
 # --- tokens ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -98,17 +133,17 @@ def _tokens(
                 heldout_percent=recipe.data.heldout_percent,
                 min_heldout_tokens=tokens_needed(recipe.data),
                 inputs=inputs,
-                files=content.files,
+                files=content.given,
             )
         return tokenize.tokenize_texts(
             name,
-            lambda: documents(root, name, source),
+            content.documents,
             given,
             folder,
             heldout_percent=recipe.data.heldout_percent,
             min_heldout_tokens=tokens_needed(recipe.data),
             inputs=inputs,
-            files=content.files,
+            files=content.given,
             threads=threads(),
             on_text=done,
         )

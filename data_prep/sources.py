@@ -6,18 +6,19 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from data_prep import corpus, tokenize
+from data_prep import corpus
 from data_prep.errors import DataError
 from data_prep.files import atomic_write, digest_of, record_file, verify_file
 from data_prep.indexed import bin_path, idx_path
 from data_prep.progress import Progress
 from data_prep.records import CorpusRecord, InputFile, TokenizedRecord
+from data_prep.text_files import BadLine, Text, read_documents
 from recipes.schema import Recipe, Source
 
 
@@ -96,22 +97,13 @@ def _refuse_shared_documents(root: Path, names: list[str]) -> None:
     """A document in two sources would be held out of one and trained on in the other."""
     owner: dict[bytes, str] = {}
     for name in names:
-        for document in tokenize.read_lines(corpus_path(root, name), "text"):
-            if isinstance(document, tokenize.Text):
+        for document in read_documents(corpus_path(root, name), "text"):
+            if isinstance(document, Text):
                 other = owner.setdefault(hashlib.sha256(document.text.encode()).digest(), name)
                 if other != name:
                     raise DataError(
                         f"sources '{other}' and '{name}' share a document that begins {document.text[:60]!r}; give them different builders"
                     )
-
-
-def documents(root: Path, name: str, source: Source) -> Iterator[tokenize.Text | tokenize.BadLine]:
-    """A pass over a source's text, file by file in the order of their names."""
-    if source.kind == "builtin":
-        yield from tokenize.read_lines(corpus_path(root, name), "text", f"corpus/{name}.jsonl")
-    else:
-        for path in source_paths(name, source):
-            yield from tokenize.read_lines(path, source.text_key)
 
 
 def source_paths(name: str, source: Source) -> list[Path]:
@@ -140,32 +132,54 @@ def source_paths(name: str, source: Source) -> list[Path]:
 def _input_files(paths: list[Path], before: TokenizedRecord | None) -> list[InputFile]:
     """Digests of the files; those whose size and time are unchanged are not read again."""
     known = {file.path: file for file in before.files} if before else {}
-    files = []
-    for path in paths:
-        stat = path.stat()
-        old = known.get(str(path))
-        if old is None or (old.record.bytes, old.mtime_ns) != (stat.st_size, stat.st_mtime_ns):
-            old = InputFile(path=str(path), mtime_ns=stat.st_mtime_ns, record=record_file(path))
-        files.append(old)
-    return files
+
+    def described(path: Path) -> InputFile:
+        stat, old = path.stat(), known.get(str(path))
+        if old is not None and (old.record.bytes, old.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+            return old
+        return InputFile(path=str(path), mtime_ns=stat.st_mtime_ns, record=record_file(path))
+
+    with ThreadPoolExecutor(threads()) as pool:  # hashlib releases the interpreter's lock
+        return list(pool.map(described, paths))
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a source's text is, by digest."""
+    """The text of a source at some step of its preparation."""
 
+    paths: tuple[Path, ...]
+    """Text files in their order; the .bin and .idx of an indexed source."""
+    text_key: str
     identity: object
-    """Equal for equal text."""
+    """Equal for equal text; JSON."""
     size_bytes: int
-    files: list[InputFile]
-    """Kinds files and indexed."""
+    given: list[InputFile]
+    """The user's files that it began with (kinds files and indexed)."""
+
+    def documents(self) -> Iterator[Text | BadLine]:
+        """A pass over the text, file by file."""
+        return _read(self.paths, self.text_key)
 
 
 def content_of(root: Path, name: str, source: Source) -> Content:
+    """What a source holds now. Every byte of the user's files is read once, on all cores; unchanged files are not read again."""
     if source.kind == "builtin":
         made = CorpusRecord.read_if_valid(root / "corpus" / f"{name}.json")
         assert made is not None, "the corpus step left no record"
-        return Content(made.file.sha256, made.text_bytes, [])
-    files = _input_files(source_paths(name, source), TokenizedRecord.read_if_valid(root / "tokenized" / f"{name}.json"))
-    identity = {"kind": source.kind, "text_key": source.text_key, "files": [[f.path, f.record.sha256] for f in files]}
-    return Content(identity, sum(f.record.bytes for f in files), files)
+        return Content((corpus_path(root, name),), "text", made.file.sha256, made.text_bytes, [])
+    paths = source_paths(name, source)
+    given = _input_files(paths, TokenizedRecord.read_if_valid(root / "tokenized" / f"{name}.json"))
+    identity = {"kind": source.kind, "text_key": source.text_key, "files": [[f.path, f.record.sha256] for f in given]}
+    return Content(tuple(paths), source.text_key, identity, sum(f.record.bytes for f in given), given)
+
+
+def documents(root: Path, name: str, source: Source) -> Iterator[Text | BadLine]:
+    """A pass over a source's text as it was found, before any cleaning."""
+    if source.kind == "builtin":
+        return _read((corpus_path(root, name),), "text")
+    return _read(source_paths(name, source), source.text_key)
+
+
+def _read(paths: Iterable[Path], text_key: str) -> Iterator[Text | BadLine]:
+    for path in paths:
+        yield from read_documents(path, text_key)

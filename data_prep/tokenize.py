@@ -21,6 +21,7 @@ from data_prep.errors import DataError
 from data_prep.files import atomic_write, digest_of, record_file, replace_symlink, verify_file
 from data_prep.indexed import Index, Reader, Writer, bin_path, idx_path, iter_documents
 from data_prep.records import InputFile, TokenizedRecord
+from data_prep.text_files import BadLine, Text
 from data_prep.tokenizer import Tokenizer
 
 VERSION = 1
@@ -33,23 +34,6 @@ QUARANTINE_FREE_LINES = 10
 LOWEST_KEPT = 1024
 HELDOUT_MAX_SHARE = 0.2
 """A small source gives up to a fifth of its tokens to reach the held-out minimum (or one document, if that is more)."""
-
-
-@dataclass(frozen=True)
-class Text:
-    """One document as read."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class BadLine:
-    """A line that is no document."""
-
-    file: str
-    line: int
-    reason: str
-    empty: bool = False
 
 
 def read_lines(path: Path, text_key: str, shown: str | None = None) -> Iterator[Text | BadLine]:

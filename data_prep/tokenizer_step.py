@@ -11,8 +11,8 @@ from data_prep.files import digest_of, write_bytes
 from data_prep.manifest import TokenizerRecord
 from data_prep.progress import Progress
 from data_prep.records import TokenizerFile
-from data_prep.sources import Content, documents
-from data_prep.tokenize import Text
+from data_prep.sources import Content
+from data_prep.text_files import Text
 from recipes.schema import Recipe
 
 
@@ -46,7 +46,7 @@ def make_tokenizer(
                 for file in given.files():
                     write_bytes(target if spec.kind == "sentencepiece" else folder / file.name, file.read_bytes())
             else:
-                texts, taken = _training_sample(recipe, root, budgets)
+                texts, taken = _training_sample(contents, budgets)
                 tokenizer_training.train(texts, spec.kind, spec.vocab_size, target)
                 done(sum(taken.values()))
         loaded = tokenizer.load_tokenizer(target, spec.kind)
@@ -97,14 +97,14 @@ def _training_budgets(recipe: Recipe) -> dict[str, int]:
     return {name: int(weight * spec.train_max_bytes) for name, weight in shares.items()}
 
 
-def _training_sample(recipe: Recipe, root: Path, budgets: dict[str, int]) -> tuple[list[str], dict[str, int]]:
+def _training_sample(contents: dict[str, Content], budgets: dict[str, int]) -> tuple[list[str], dict[str, int]]:
     """Text up to the budget of each source, and the bytes taken of each."""
     texts: list[str] = []
     taken: dict[str, int] = {}
     for name, budget in budgets.items():
         part = list(
             tokenizer_training.sample(
-                (d.text for d in documents(root, name, recipe.data.sources[name]) if isinstance(d, Text)), budget
+                (document.text for document in contents[name].documents() if isinstance(document, Text)), budget
             )
         )
         taken[name] = sum(len(text.encode()) for text in part)
