@@ -14,7 +14,11 @@ EXIT_INTERRUPTED = 130
 
 COMMANDS = {
     "plan": ("launchers.plan_command", "show a curriculum as a table and a picture, or a stage's exact arguments"),
+    "clean": ("launchers.clean_command", "clean the text that a curriculum needs, and say what went and why"),
+    "tokenize": ("launchers.tokenize_command", "text files to one Megatron indexed data set"),
+    "tokenizer": ("launchers.tokenizer_command", "train a tokenizer, or compare tokenizers on text"),
     "prep": ("launchers.prep_command", "prepare the data that a curriculum needs"),
+    "verify": ("launchers.verify_command", "check prepared data to the last byte"),
     "launch": ("launchers.launch_command", "run a curriculum, or go on with it where it stopped"),
     "status": ("launchers.status", "show where a run stands, or list the runs"),
     "report": ("launchers.report", "write a run's report, one HTML page"),
