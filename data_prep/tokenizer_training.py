@@ -64,13 +64,13 @@ def train(texts: Iterable[str], kind: Kind, vocab_size: int, destination: Path, 
 
 
 def _no_text() -> DataError:
-    return DataError("there is no text to train the tokenizer on: the sources of the first phase are empty; check data.sources")
+    return DataError("there is no text to train the tokenizer on; check data.sources of the first phase (--input, --text-key)")
 
 
 def _too_little(what: str, size: int, reason: str) -> DataError:
     return DataError(
-        f"{what} of {size} bytes of text ({reason}); raise data.tokenizer.train_max_bytes, give the first phase's sources more text, "
-        "or lower data.tokenizer.vocab_size"
+        f"{what} of {size} bytes of text ({reason}); raise data.tokenizer.train_max_bytes (--max-mb), give the first phase's "
+        "sources (--input) more text, or lower data.tokenizer.vocab_size (--vocab-size)"
     )
 
 
