@@ -24,13 +24,39 @@ REMEDY = "run `quarry prep`, which makes again what is not as recorded"
 
 
 @dataclass(frozen=True)
+class Digest:
+    """What a record says of a file's content."""
+
+    algorithm: str
+    """sha256 or xxh3"""
+    value: str
+    bytes: int | None = None
+
+    @property
+    def label(self) -> str:
+        return "SHA-256" if self.algorithm == "sha256" else "XXH3"
+
+    @classmethod
+    def of(cls, record: FileRecord) -> Digest:
+        return cls("sha256", record.sha256, record.bytes)
+
+    @classmethod
+    def find(cls, values: object) -> Digest | None:
+        """The one in a JSON object {"bytes", "sha256" or "xxh3"}; None where it is none."""
+        if isinstance(values, dict) and isinstance(values.get("bytes"), int):
+            for algorithm in ("sha256", "xxh3"):
+                if isinstance(values.get(algorithm), str):
+                    return cls(algorithm, values[algorithm], values["bytes"])
+        return None
+
+
+@dataclass(frozen=True)
 class Recorded:
-    """What a record says of a file."""
+    """A file, what is recorded of it, and where."""
 
     path: Path
+    digest: Digest
     said_by: Path
-    sha256: str
-    bytes: int | None
     remedy: str
 
 
@@ -42,8 +68,8 @@ class PairRecord:
     documents: int | None = None
     tokens: int | None = None
     dtype: str | None = None
-    bin: FileRecord | None = None
-    idx: FileRecord | None = None
+    bin: Digest | None = None
+    idx: Digest | None = None
 
 
 class Verification:
@@ -83,23 +109,20 @@ class Verification:
         """Do `check` when all files have been read; it may run beside others."""
         self._later.append(check)
 
-    def file(self, path: Path, record: FileRecord | str, said_by: Path, remedy: str = REMEDY) -> bool:
-        """`path` must be as recorded (a FileRecord, or a SHA-256 alone); False where there is no such file."""
+    def file(self, path: Path, digest: Digest, said_by: Path, remedy: str = REMEDY) -> bool:
+        """`path` must be as recorded; False where there is no such file."""
         if not path.is_file():
             found = f"a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else "no such file"
             self.find(path, f"file that {self.shown(said_by)} names", "a file", found, remedy)
             return False
-        self._reading(path).digest = True
-        alone = isinstance(record, str)
-        self._recorded.append(
-            Recorded(path, said_by, record if alone else record.sha256, None if alone else record.bytes, remedy)
-        )
+        self._reading(path).digests[digest.algorithm] = ""
+        self._recorded.append(Recorded(path, digest, said_by, remedy))
         return True
 
     def _reading(self, path: Path) -> Reading:
         """The one reading of the file that `path` is or links to."""
         real = self.real(path)
-        return self._readings.setdefault(real, Reading(real, digest=False))
+        return self._readings.setdefault(real, Reading(real))
 
     def real(self, path: Path) -> Path:
         """What `path` is or links to, looked up once."""
@@ -214,21 +237,22 @@ class Verification:
     def _compare(self) -> None:
         names = defaultdict(set)
         for recorded in self._recorded:
-            names[recorded.sha256].add(self.shown(recorded.path))
-        unreadable = [reading for reading in self._readings.values() if reading.error]
-        for reading in unreadable:
-            self.find(reading.path, "reading", "all of it", reading.error, "look at the disk; then run `quarry prep`")
+            names[recorded.digest.value].add(self.shown(recorded.path))
+        for reading in self._readings.values():
+            if reading.error:
+                self.find(reading.path, "reading", "all of it", reading.error, "look at the disk; then run `quarry prep`")
         told: set[tuple[Path, str]] = set()
         for recorded in self._recorded:
-            path = self.real(recorded.path)
+            path, digest = self.real(recorded.path), recorded.digest
             reading = self._readings[path]
             said_by = f"recorded in {self.shown(recorded.said_by)}"
-            if reading.error or (path, recorded.sha256) in told:
+            if reading.error or (path, digest.value) in told:
                 continue  # several views link to one file: once is enough
-            told.add((path, recorded.sha256))
-            if recorded.bytes is not None and reading.size != recorded.bytes:
-                self.find(recorded.path, f"size in bytes, {said_by}", recorded.bytes, reading.size, recorded.remedy)
-            if reading.sha256 != recorded.sha256:
-                others = names.get(reading.sha256, set()) - {self.shown(recorded.path)}
-                found = f"{reading.sha256}{f' (that of {min(others)}: swapped?)' if others else ''}"
-                self.find(recorded.path, f"SHA-256, {said_by}", recorded.sha256, found, recorded.remedy)
+            told.add((path, digest.value))
+            if digest.bytes is not None and reading.size != digest.bytes:
+                self.find(recorded.path, f"size in bytes, {said_by}", digest.bytes, reading.size, recorded.remedy)
+            value = reading.digests[digest.algorithm]
+            if value != digest.value:
+                others = names.get(value, set()) - {self.shown(recorded.path)}
+                found = f"{value}{f' (that of {min(others)}: swapped?)' if others else ''}"
+                self.find(recorded.path, f"{digest.label}, {said_by}", digest.value, found, recorded.remedy)

@@ -7,10 +7,10 @@ pair (its prefix or either file), such as `quarry tokenize` writes. No pickle is
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from data_prep.errors import DataError
-from data_prep.files import FileRecord
 from data_prep.index_caches import RECORD_NAME, IndexCache
 from data_prep.indexed import bin_path, idx_path
 from data_prep.manifest import HeldoutManifest, MixtureManifest, mixture_path
@@ -22,6 +22,7 @@ from data_prep.verify_root import Root
 
 __all__ = ["Finding", "inspect", "verify"]
 
+Collect = Callable[[Verification], object]
 ROOT_FOLDERS = ("views", "tokenized", "heldout")
 USAGE = (
     "name a data root, a folder or manifest below views/, heldout/ or cache/, or a .bin/.idx pair by its prefix or either file"
@@ -46,7 +47,7 @@ def inspect(path: Path, *, workers: int | None = None, progress: Progress | None
     return verification
 
 
-def _what(path: Path):
+def _what(path: Path) -> tuple[Path, Collect]:
     """What names are shown relative to, and the function that collects the checks of `path`."""
     if path.is_dir():
         if any((path / name).is_dir() for name in ROOT_FOLDERS):
@@ -65,10 +66,10 @@ def _what(path: Path):
     raise DataError(f"{path}: {'nothing to verify there' if path.exists() else 'no such file or folder'}; {USAGE}")
 
 
-def _manifest(path: Path):
+def _manifest(path: Path) -> tuple[Path, Collect]:
     folder = path.parent
     formats = {MixtureManifest.FORMAT: "view", HeldoutManifest.FORMAT: "heldout", IndexCache.FORMAT: "cache"}
-    kind = formats.get(_values(path).get("format", ""))
+    kind = formats.get(_format(path))
     if kind is None:  # missing or damaged: what it should be is told by where it lies
         kind = "view" if folder.parent.name == "views" else "heldout" if folder.name == "heldout" else "cache"
     root = folder.parent if kind == "heldout" else folder.parents[1]
@@ -94,7 +95,7 @@ def _manifest(path: Path):
     return root, cache
 
 
-def _pair(prefix: Path):
+def _pair(prefix: Path) -> tuple[Path, Collect]:
     """One pair: by its own record, or by that of the folder of a data root that it lies in."""
     folder = prefix.parent
     if (folder / "manifest.json").is_file():
@@ -102,20 +103,17 @@ def _pair(prefix: Path):
     if folder.name == "tokenized" and (folder / f"{prefix.name.removesuffix('.heldout')}.json").is_file():
         return folder.parent, lambda v: Root(folder.parent, v).source(prefix.name.removesuffix(".heldout"))
 
-    def alone(v: Verification) -> None:
-        path = prefix.with_name(f"{prefix.name}.json")
-        record = _values(path)
-        files = {name: FileRecord.model_validate(record[name]) for name in ("bin", "idx") if isinstance(record.get(name), dict)}
-        said = {name: record.get(name) for name in ("documents", "tokens", "dtype")}
-        v.pair(prefix, PairRecord(path, **said, **files), vocab_size=record.get("vocab_size"), eod_id=record.get("eod_id"))
-
-    return folder, alone
+    record = prefix.with_name(f"{prefix.name}.json")
+    if _format(record).startswith("quarry."):
+        base = folder.parent if folder.name == "tokens" else folder
+        return base, lambda v: Root(base, v).tokens(record)
+    return folder, lambda v: v.pair(prefix, PairRecord(record), vocab_size=None, eod_id=None)
 
 
-def _values(path: Path) -> dict:
-    """The object of a JSON file; empty where there is none that can be read."""
+def _format(path: Path) -> str:
+    """What a JSON file says that it is; empty where it cannot be read."""
     try:
         values = json.loads(path.read_bytes())
     except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
+        return ""
+    return str(values.get("format", "")) if isinstance(values, dict) else ""

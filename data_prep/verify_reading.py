@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -171,11 +172,10 @@ class Reading:
     """A file to be read, and what was found."""
 
     path: Path
-    digest: bool = True
-    """Whether anything records its digest."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """Algorithm (sha256, xxh3) -> digest; the keys say which are wanted, the values come with reading."""
     look: Look | None = None
     size: int = 0
-    sha256: str | None = None
     error: str | None = None
     """Why it could not be read to its end."""
 
@@ -195,7 +195,7 @@ def read_all(readings: Iterable[Reading], workers: int, advance: Callable[[int],
 
 
 def _read(reading: Reading, told: Callable[[int], None]) -> None:
-    digest = hashlib.sha256() if reading.digest else None
+    hashers = {name: _hasher(name) for name in reading.digests}
     look, itemsize = reading.look, reading.look.dtype.itemsize if reading.look else 1
     if look:
         look.begin()
@@ -206,8 +206,8 @@ def _read(reading: Reading, told: Callable[[int], None]) -> None:
         with open(reading.path, "rb", buffering=0) as f:
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
             while size := _fill(f, view):
-                if digest:
-                    digest.update(view[:size])
+                for hasher in hashers.values():
+                    hasher.update(view[:size])
                 if look:
                     whole = size - size % itemsize
                     look.block(np.frombuffer(view[:whole], look.dtype), reading.size // itemsize)
@@ -221,7 +221,15 @@ def _read(reading: Reading, told: Callable[[int], None]) -> None:
     told(untold)
     if look:
         look.finish(reading.path)
-    reading.sha256 = digest.hexdigest() if digest else None
+    reading.digests = {name: hasher.hexdigest() for name, hasher in hashers.items()}
+
+
+def _hasher(name: str) -> Any:
+    if name == "xxh3":
+        from data_prep.blocks import xxh3
+
+        return xxh3()
+    return hashlib.new(name)
 
 
 def _fill(file: object, view: memoryview) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import ValidationError
@@ -17,7 +18,7 @@ from data_prep.index_caches import RECORD_NAME, IndexCache, cache_path, verify_c
 from data_prep.indexed import Index, Reader, bin_path, idx_path
 from data_prep.manifest import HeldoutManifest, MixtureManifest, Signed, TokenizerRecord, ViewSource, heldout_path, mixture_path
 from data_prep.records import CorpusRecord, Record, TokenizedRecord, TokenizerFile
-from data_prep.verification import PairRecord, Verification
+from data_prep.verification import Digest, PairRecord, Verification
 from data_prep.verify_cache import check_cache
 from recipes.schema import describe
 
@@ -44,6 +45,11 @@ class Root:
         self.tokenizer()
         for path in sorted((self.root / "corpus").glob("*.json")):
             self.corpus(path)
+        for folder in ("clean", "concatenated"):
+            for path in sorted([*(self.root / folder).glob("*.json"), *(self.root / folder).glob("*/record.json")]):
+                self.texts(path)
+        for path in sorted((self.root / "tokens").glob("*.json")):
+            self.tokens(path)
         for path in sorted((self.root / "tokenized").glob("*.json")):
             self.source(path.stem)
         self.heldout()
@@ -80,7 +86,7 @@ class Root:
     def corpus(self, path: Path) -> None:
         record = self._record(path, CorpusRecord)
         if record:
-            self.v.file(path.with_suffix(".jsonl"), record.file, path)
+            self.v.file(path.with_suffix(".jsonl"), Digest.of(record.file), path)
 
     def tokenizer(self) -> TokenizerFile | None:
         path = self.root / "tokenizer" / "record.json"
@@ -92,7 +98,7 @@ class Root:
 
     def _tokenizer_file(self, name: str, kind: str, sha256: str, said_by: Path) -> None:
         target = self.root / name
-        self.v.file(target / "tokenizer.json" if kind == "huggingface" else target, sha256, said_by)
+        self.v.file(target / "tokenizer.json" if kind == "huggingface" else target, Digest("sha256", sha256), said_by)
 
     def _same_tokenizer(self, said_by: Path, theirs: TokenizerRecord) -> None:
         self._tokenizer_file(theirs.path, theirs.kind, theirs.sha256, said_by)
@@ -102,7 +108,33 @@ class Root:
                 if getattr(ours, key) != getattr(theirs, key):
                     self.v.find(said_by, f"tokenizer.{key}, by tokenizer/record.json", getattr(ours, key), getattr(theirs, key))
 
+    def texts(self, path: Path) -> None:
+        """Files that a record of text names: in an object {"<name>_record": {"bytes", "sha256"}, "<name>": path below the root}, or
+        {"record": ..., "path": ...}, at any depth."""
+        for name, digest in _recorded_files(_values(path)):
+            self.v.file(self.root / name, digest, path)
+
     # --- tokens ----------------------------------------------------------------------------------------------------------------
+
+    def tokens(self, path: Path) -> None:
+        """Check the .bin/.idx pair beside `path`, a record as `quarry tokenize` writes it."""
+        values = _values(path)
+        if "bin" not in values:
+            return self.v.find(path, "record", "one of tokens", "none, or one that cannot be read")
+        said = {key: values.get(key) for key in ("documents", "tokens", "dtype")}
+        files = {key: Digest.find(values.get(key)) for key in ("bin", "idx")}
+        prefix = path.with_suffix("")
+        self.v.pair(prefix, PairRecord(path, **said, **files), vocab_size=values.get("vocab_size"), eod_id=values.get("eod_id"))
+        self.v.later(partial(self._highest_id, path, values.get("max_token_id"), [bin_path(prefix)]))
+        if "quarantined_lines" in values:
+            self._quarantine(path, values["quarantined_lines"] + values.get("empty_documents", 0))
+        tokenizer = self.tokenizer()
+        if tokenizer and "tokenizer_sha256" in values and tokenizer.sha256 != values["tokenizer_sha256"]:
+            self.v.find(path, "tokenizer, by tokenizer/record.json", tokenizer.sha256, values["tokenizer_sha256"])
+        left = path.with_name(f"{path.stem}.shards")
+        if left.exists():
+            self.v.find(left, "folder of a running job", "none beside a record", "left by a run that was killed", DELETE)
+        return None
 
     def source(self, name: str) -> TokenizedRecord | None:
         """Check a tokenized source and its held-out documents, once."""
@@ -117,31 +149,48 @@ class Root:
             self.v.find(path, "tokenizer, by tokenizer/record.json", tokenizer.sha256, record.tokenizer_sha256)
         vocab, eod = (tokenizer.vocab_size, tokenizer.eod_id) if tokenizer else (None, None)
         prefix, heldout = path.with_suffix(""), path.with_name(f"{name}.heldout")
-        kept = PairRecord(path, record.documents, record.tokens, record.dtype, record.bin, record.idx)
+        kept = PairRecord(path, record.documents, record.tokens, record.dtype, Digest.of(record.bin), Digest.of(record.idx))
         held = PairRecord(
-            path, record.heldout_documents, record.heldout_tokens, record.dtype, record.heldout_bin, record.heldout_idx
+            path,
+            record.heldout_documents,
+            record.heldout_tokens,
+            record.dtype,
+            Digest.of(record.heldout_bin),
+            Digest.of(record.heldout_idx),
         )
         self.v.pair(prefix, kept, vocab_size=vocab, eod_id=eod)
         index = self.v.pair(heldout, held, vocab_size=vocab, eod_id=eod)
         if index is not None:
             self._held.append((heldout, index))
-        self.v.later(partial(self._highest_id, path, record, (bin_path(prefix), bin_path(heldout))))
-        quarantine = path.with_name(f"{name}.quarantine.jsonl")
-        lines = sum(1 for _ in quarantine.open("rb")) if quarantine.exists() else 0
-        if lines != record.quarantined_lines + record.empty_documents:
-            self.v.find(quarantine, f"lines, by {self.v.shown(path)}", record.quarantined_lines + record.empty_documents, lines)
+        self.v.later(partial(self._highest_id, path, record.max_token_id, (bin_path(prefix), bin_path(heldout))))
+        self._quarantine(path, record.quarantined_lines + record.empty_documents)
         if self.v.full:
             for file in record.files:
                 self.v.file(
-                    Path(file.path), file.record, path, "the source's own file has changed: `quarry prep` takes it anew"
+                    Path(file.path),
+                    Digest.of(file.record),
+                    path,
+                    "the source's own file has changed: `quarry prep` takes it anew",
                 )
         return record
 
-    def _highest_id(self, path: Path, record: TokenizedRecord, files: Iterable[Path]) -> None:
+    def _quarantine(self, path: Path, expected: int) -> None:
+        """As many lines as the record counts, beside it or beside the tokens that a source was taken from."""
+        name = f"{path.stem}.quarantine.jsonl"
+        own, other = path.with_name(name), self.root / "tokens" / name
+        quarantine = own if own.exists() or not other.exists() else other
+        lines = 0
+        if quarantine.exists():
+            with open(quarantine, "rb") as f:
+                lines = sum(1 for _ in f)
+        if lines != expected:
+            self.v.find(quarantine, f"lines, by {self.v.shown(path)}", expected, lines)
+
+    def _highest_id(self, path: Path, recorded: int | None, files: Iterable[Path]) -> None:
         looks = [look for look in map(self.v.look_of, files) if look is not None]
         highest = max((look.max_token_id for look in looks), default=-1)
-        if looks and highest != record.max_token_id:
-            self.v.find(path, "max_token_id, by the tokens themselves", highest, record.max_token_id)
+        if looks and recorded is not None and highest != recorded:
+            self.v.find(path, "max_token_id, by the tokens themselves", highest, recorded)
 
     def heldout(self) -> HeldoutManifest | None:
         path = heldout_path(self.root)
@@ -155,7 +204,7 @@ class Root:
         self._same_tokenizer(path, manifest.tokenizer)
         for entry in manifest.categories.values():
             prefix = self.root / entry.prefix
-            record = PairRecord(path, entry.documents, entry.tokens, entry.dtype, entry.bin, entry.idx)
+            record = PairRecord(path, entry.documents, entry.tokens, entry.dtype, Digest.of(entry.bin), Digest.of(entry.idx))
             # The last document is cut at the cap: no end is promised.
             index = self.v.pair(prefix, record, vocab_size=manifest.tokenizer.vocab_size, eod_id=None)
             if index is not None:
@@ -183,7 +232,9 @@ class Root:
 
     def _view_source(self, said_by: Path, name: str, view: ViewSource, manifest: MixtureManifest) -> None:
         prefix, source = self.root / view.prefix, self.root / "tokenized" / name
-        record = PairRecord(said_by, view.documents, view.tokens_available, view.dtype, view.bin, view.idx)
+        record = PairRecord(
+            said_by, view.documents, view.tokens_available, view.dtype, Digest.of(view.bin), Digest.of(view.idx)
+        )
         promised = manifest.tokenizer.eod_id if idx_path(source).exists() else None
         index = self.v.pair(prefix, record, vocab_size=manifest.tokenizer.vocab_size, eod_id=promised)
         if index is None:
@@ -296,7 +347,7 @@ class Root:
         if record is None:
             return None
         for name, file in record.files.items():
-            self.v.file(folder / name, file, folder / RECORD_NAME)
+            self.v.file(folder / name, Digest.of(file), folder / RECORD_NAME)
         for path in sorted(folder.iterdir()):
             if path.name not in record.files and path.name != RECORD_NAME:
                 self.v.find(path, "file", f"one that {RECORD_NAME} names", "one that it does not", DELETE)
@@ -343,3 +394,26 @@ class Root:
         for path in sorted(folder.iterdir()):
             if path.name not in known and not path.name.endswith(".tmp"):
                 self.v.find(path, "file", "one that manifest.json names", "one that it does not", DELETE)
+
+
+def _values(path: Path) -> dict[str, Any]:
+    """The object of a JSON file; empty where there is none that can be read."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _recorded_files(values: Any) -> Iterator[tuple[str, Digest]]:
+    if isinstance(values, list):
+        for value in values:
+            yield from _recorded_files(value)
+    elif isinstance(values, dict):
+        for key, value in values.items():
+            name = values.get("path") if key == "record" else values.get(key.removesuffix("_record"))
+            digest = Digest.find(value)
+            if digest and key.endswith("record") and isinstance(name, str):
+                yield name, digest
+            else:
+                yield from _recorded_files(value)

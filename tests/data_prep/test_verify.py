@@ -497,7 +497,9 @@ def pair(folder, texts, vocab=1000, **record):
         for tokens in texts:
             writer.add(np.array(tokens))
     if record:
-        values = {"documents": len(texts), "tokens": sum(map(len, texts)), "dtype": "uint16", **record}
+        files = {name: record_file(folder / f"own.{name}").model_dump() for name in ("bin", "idx")}
+        counts = {"documents": len(texts), "tokens": sum(map(len, texts)), "max_token_id": max(map(max, texts))}
+        values = {"format": "quarry.tokens/1", "dtype": "uint16", **counts, **files, **record}
         write_json(folder / "own.json", values)
     return folder / "own"
 
@@ -524,6 +526,50 @@ def test_a_pair_with_a_record_beside_it(tmp_path):
     }
 
 
+def test_the_output_of_tokenizing(prepared, tmp_path):
+    """Its record has digests of another kind, which verify takes as they are."""
+    from data_prep.tokenize_files import tokenize_files
+    from data_prep.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(prepared / "data" / "tokenizer" / "tokenizer.model")
+    lines = [*(prepared / "raw" / "web_a.jsonl").read_text().splitlines(), "bad", '{"text": ""}']
+    (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
+    record = tokenize_files([tmp_path / "in.jsonl"], tokenizer, tmp_path / "out")
+    assert (record.quarantined_lines, record.empty_documents) == (1, 1)
+    assert verify(tmp_path / "out") == []
+    for name, what in (("out.bin", "XXH3, recorded in out.json"), ("out.idx", "XXH3"), ("out.quarantine.jsonl", "lines")):
+        content = (tmp_path / name).read_bytes()
+        if name.startswith("out.q"):
+            (tmp_path / name).write_bytes(content[: content.index(b"\n") + 1])
+        else:
+            flip(tmp_path / name, len(content) // 2 + 1)
+        assert finding(verify(tmp_path / "out.idx"), name, what)
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "out.shards").mkdir()
+    assert finding(verify(tmp_path / "out.bin"), "out.shards").found == "left by a run that was killed"
+
+
+def test_text_that_a_record_names(root):
+    """Records of cleaning and concatenation name their files at any depth."""
+    (root / "clean" / "web_a").mkdir(parents=True)
+    files = {}
+    for name in ("00000.jsonl", "removed.zst"):
+        path = root / "clean" / "web_a" / name
+        path.write_bytes(name.encode())
+        files[name] = {"file": str(path.relative_to(root)), "record": record_file(path).model_dump()}
+    entry = {
+        "path": files["00000.jsonl"]["file"],
+        "record": files["00000.jsonl"]["record"],
+        "duplicates": files["removed.zst"]["file"],
+        "duplicates_record": files["removed.zst"]["record"],
+    }
+    write_json(root / "clean" / "web_a" / "record.json", {"format": "quarry.clean/1", "files": [entry]})
+    assert verify(root) == []
+    for name in files:
+        flip(root / "clean" / "web_a" / name, 3)
+    assert files_of(verify(root)) == {f"clean/web_a/{name}" for name in files}
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     documents=st.lists(st.lists(st.integers(0, 99), max_size=40), min_size=1, max_size=40),
@@ -538,14 +584,14 @@ def test_fingerprints_and_ends_do_not_depend_on_blocks(tmp_path_factory, documen
     index = Index.read(idx_path(prefix))
     look = verify_reading.Look(index.dtype, 101, 100, wants_heads=True)
     look.add(index)
-    reading = verify_reading.Reading(bin_path(prefix), look=look)
+    reading = verify_reading.Reading(bin_path(prefix), {"sha256": ""}, look)
     whole, verify_reading.BLOCK_BYTES = verify_reading.BLOCK_BYTES, block
     try:
         verify_reading.read_all([reading], 1, lambda size: None)
     finally:
         verify_reading.BLOCK_BYTES = whole
     assert (look.max_token_id, look.over, look.unended) == (100, 0, 0)
-    assert reading.sha256 == file_sha256(bin_path(prefix))
+    assert reading.digests["sha256"] == file_sha256(bin_path(prefix))
     heads = look.heads_of(index)
     for a in range(len(documents)):
         for b in range(a):
