@@ -32,10 +32,9 @@ SLOW = (MEGATRON, DATATROVE)
 STARTUP_LINES = 10
 FULL_SIZE_MB = 200
 """Text below which the bars say nothing: start-up dominates."""
-EPILOG = """example (the material first, then everything; about half an hour on two cores):
+EPILOG = """example (the material first, then everything; about half an hour on two cores; /tmp/bench/megatron-lm is a checkout of Megatron-LM):
   python -m benchmarks.corpus --output /tmp/bench/corpus.jsonl --size-mb 300
   quarry tokenizer train --input /tmp/bench/corpus.jsonl --kind huggingface --vocab-size 100352 --max-mb 100 --output /tmp/bench/tokenizer
-  git clone https://github.com/NVIDIA/Megatron-LM /tmp/bench/megatron-lm
   python -m benchmarks.data_prep --corpus /tmp/bench/corpus.jsonl --tokenizer /tmp/bench/tokenizer --megatron-lm /tmp/bench/megatron-lm \\
       --work /tmp/bench/work --json results.json --markdown results.md
 
