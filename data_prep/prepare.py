@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_prep import corpus, plan, tokenize, tokenizer, views
+from data_prep import corpus, plan, split, tokenizer, views
 from data_prep.errors import DataError
 from data_prep.files import digest_of, exclusive_lock, remove_leftovers
 from data_prep.heldout import build_heldout, current_heldout, heldout_inputs, tokens_needed
+from data_prep.indexed import bin_path
 from data_prep.manifest import TokenizerRecord
 from data_prep.progress import Progress, Silent
 from data_prep.records import TokenizedRecord
 from data_prep.sources import Content, build_builtin, content_of, threads
+from data_prep.tokenize_files import tokenize_files
 from data_prep.tokenizer_step import make_tokenizer
 from recipes.schema import Recipe
 
@@ -117,35 +119,44 @@ def _tokens(
     progress: Progress,
     seen: dict[Path, str],
 ) -> TokenizedRecord:
-    """Tokenize one source if its text, the tokenizer or the held-out share changed."""
+    """Tokenize one source if its text, the tokenizer or the held-out share changed: tokens/ has all of it, tokenized/ its two parts."""
     source, folder = recipe.data.sources[name], root / "tokenized"
     before = TokenizedRecord.read_if_valid(folder / f"{name}.json")
-    inputs = tokenize.tokenized_inputs(given, recipe.data.heldout_percent, tokens_needed(recipe.data), content.identity)
-    if tokenize.is_current(before, folder, inputs, seen):
+    settings = {"heldout_percent": recipe.data.heldout_percent, "min_heldout_tokens": tokens_needed(recipe.data)}
+    inputs = split.split_inputs(given, *settings.values(), content.identity)
+    if split.is_current(before, folder, inputs, seen):
         return before
-    with progress.step(f"tokens of {name}", content.size_bytes) as done:
-        if source.kind == "indexed":
-            return tokenize.adopt_indexed(
-                name,
-                Path(source.paths[0]),
-                given,
-                folder,
-                heldout_percent=recipe.data.heldout_percent,
-                min_heldout_tokens=tokens_needed(recipe.data),
-                inputs=inputs,
-                files=content.given,
-            )
-        return tokenize.tokenize_texts(
+    counts = {}
+    if source.kind == "indexed":
+        prefix = Path(source.paths[0])
+    else:
+        prefix = root / "tokens" / name
+        tokens = tokenize_files(
+            content.paths,
+            given,
+            prefix,
+            text_key=content.text_key,
+            workers=threads(),
+            what=f"source '{name}'",
+            progress=progress,
+        )
+        counts = {
+            "text_bytes": tokens.text_bytes,
+            "empty_documents": tokens.empty_documents,
+            "quarantined_lines": tokens.quarantined_lines,
+        }
+    with progress.step(f"held-out part of {name}", bin_path(prefix).stat().st_size) as done:
+        return split.split_heldout(
             name,
-            content.documents,
+            prefix,
             given,
             folder,
-            heldout_percent=recipe.data.heldout_percent,
-            min_heldout_tokens=tokens_needed(recipe.data),
+            **settings,
             inputs=inputs,
             files=content.given,
-            threads=threads(),
-            on_text=done,
+            workers=threads(),
+            on_bytes=done,
+            **counts,
         )
 
 

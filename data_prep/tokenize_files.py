@@ -177,7 +177,7 @@ def tokenize_files(
             return found
         run = _Run(
             prefix=prefix,
-            name=what or f"tokenize {prefix.name}",
+            name=what or str(prefix),
             inputs=inputs,
             digest=digest,
             progress=progress,
@@ -243,7 +243,7 @@ class _Run:
         if choice.why_not_slow:
             self.progress.message(f"{self.name}: without gigatoken, {choice.why_not_slow}; this takes many times longer")
         job = replace(job, choice=choice)
-        with self.progress.step(self.name, total) as done:
+        with self.progress.step(f"tokens of {self.name}", total) as done:
             finished = set(range(len(self.plan))) - set(todo)
             done(sum(piece.end - piece.start for number in finished for piece in self.plan[number]))
             merge.join()
@@ -345,7 +345,7 @@ class _Run:
         if documents == 0:
             self._leave_no_output()
             raise DataError(
-                f"{self.name}: the input has no documents{f'; the first bad line: {where}' if first else ''}; check the paths"
+                f"{self.name} has no documents{f'; the first bad line: {where}' if first else ''}; check the paths of the input"
             )
 
     def _leave_no_output(self) -> None:
