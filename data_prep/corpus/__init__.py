@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
+from data_prep import dependency_order
 from data_prep.corpus import code, prose, reasoning
 from data_prep.corpus.material import Document, environment
 from data_prep.errors import DataError
@@ -53,8 +54,8 @@ def build(builder: str, max_bytes: int | None = None) -> Iterator[Document]:
 
 @cache
 def code_digest() -> str:
-    """SHA-256 over this package's own source: a changed builder rebuilds its corpus."""
+    """SHA-256 over this package's own source and that of the order of files: a changed builder rebuilds its corpus."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in [*sorted(Path(__file__).parent.glob("*.py")), Path(dependency_order.__file__)]:
         digest.update(path.read_bytes())
     return digest.hexdigest()

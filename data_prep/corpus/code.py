@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.corpus import material
 from data_prep.corpus.material import Document
+from data_prep.dependency_order import dependency_order, references
 
 MAX_REPOSITORY_CHARS = 96_000
 """Longer packages are split at file boundaries, so that a short long-context phase can draw several."""
@@ -87,7 +87,8 @@ def repositories() -> Iterator[Document]:
             if text is not None:
                 texts[file] = text
         parts: list[list[str]] = [[]]
-        for file in import_order(texts):
+        order, _ = dependency_order({file: references(file, text) for file, text in texts.items()})
+        for file in order:
             block = f"# file: {file}\n{texts[file].rstrip()}\n"
             if parts[-1] and sum(map(len, parts[-1])) + len(block) > MAX_REPOSITORY_CHARS:
                 parts.append([])
@@ -95,44 +96,3 @@ def repositories() -> Iterator[Document]:
         for index, part in enumerate(parts):
             heading = f"# repository: {name}" + (f", part {index + 1} of {len(parts)}" if len(parts) > 1 else "")
             yield Document(f"{name}/{index}", f"{heading}\n\n" + "\n".join(part))
-
-
-IMPORT = re.compile(r"^\s*(?:from\s+([.\w]+)\s+import\s+([\w, ()]+)|import\s+([\w., ]+))", re.MULTILINE)
-
-
-def import_order(texts: dict[str, str]) -> list[str]:
-    """Files of one package, each after the files that it imports (depth first, names sorted; cycles are cut where they close)."""
-    by_module = {material.module_name(file): file for file in texts}
-    order: list[str] = []
-    state: dict[str, bool] = {}
-    for root in sorted(texts):
-        stack = [(root, iter(_imports(root, texts[root], by_module)))] if root not in state else []
-        state.setdefault(root, False)
-        while stack:
-            file, pending = stack[-1]
-            following = next((f for f in pending if f not in state), None)
-            if following is None:
-                stack.pop()
-                order.append(file)
-            else:
-                state[following] = False
-                stack.append((following, iter(_imports(following, texts[following], by_module))))
-    return order
-
-
-def _imports(file: str, text: str, by_module: dict[str, str]) -> list[str]:
-    """Files of the same package that `file` imports, sorted."""
-    module = material.module_name(file)
-    package = module if file.endswith("/__init__.py") else module.rpartition(".")[0]
-    wanted: set[str] = set()
-    for origin, names, plain in IMPORT.findall(text):
-        if plain:
-            wanted.update(part.split(" as ")[0].strip() for part in plain.split(","))
-            continue
-        dots = len(origin) - len(origin.lstrip("."))
-        if dots:
-            base = package.split(".")
-            origin = ".".join([*base[: len(base) - dots + 1], *filter(None, [origin.lstrip(".")])])
-        wanted.add(origin)
-        wanted.update(f"{origin}.{part.split(' as ')[0].strip(' ()')}" for part in names.split(","))
-    return sorted(by_module[m] for m in wanted if m in by_module and by_module[m] != file)

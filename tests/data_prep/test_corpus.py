@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from data_prep import corpus
-from data_prep.corpus import code, material, prose, reasoning
+from data_prep.corpus import material, prose, reasoning
 from data_prep.corpus.material import Document
 from data_prep.errors import DataError
 from recipes.compose import compose
@@ -84,19 +84,11 @@ def test_build_drops_repeats_and_stops_at_the_cap(monkeypatch):
     assert [d.id for d in corpus.build("fake", 1)] == ["0"]
 
 
-def test_import_order_puts_what_is_imported_first():
-    texts = {
-        "p/__init__.py": "from .a import x\n",
-        "p/a.py": "from p import c\nimport p.d.e as f\n",
-        "p/b.py": "from . import a, c\n",
-        "p/c.py": "import os\n",
-        "p/d/__init__.py": "",
-        "p/d/e.py": "from ..c import y\nfrom .. import b\n",
-    }
-    order = code.import_order(texts)
-    assert sorted(order) == sorted(texts)
-    place = {file: order.index(file) for file in texts}
-    assert place["p/c.py"] < place["p/d/e.py"] < place["p/a.py"] < place["p/__init__.py"]
+def test_repositories_are_in_the_order_of_their_imports(built):
+    parts = [d.text for d in built["repositories"] if d.id.startswith("urllib3/")] or [d.text for d in built["repositories"]]
+    files = [line.removeprefix("# file: ") for text in parts for line in text.split("\n") if line.startswith("# file: ")]
+    assert len(files) > 5
+    assert files != sorted(files)
 
 
 def test_worked_answers_end_at_the_generators_answer(built):
