@@ -241,20 +241,17 @@ class _Resolver:
     # Python
 
     def _module_names(self, path: str) -> Iterator[str]:
-        """Dotted names that a file is imported by: from the top of its package, of the repository, of src and the like."""
+        """Dotted names that a file may be imported by: from the top of the repository, of src and the like, of its package.
+
+        Where a package begins is not always to be seen (corpora drop empty __init__.py), so every ending of two names counts.
+        """
         parts = posixpath.splitext(path)[0].split("/")
         is_package = parts[-1] == "__init__"
         if is_package:
             parts = parts[:-1]
-        starts = {0}
-        top = len(parts) - 1
-        while top > 0 and "/".join([*parts[:top], "__init__.py"]) in self.files:
-            top -= 1
-        if is_package or top < len(parts) - 1:  # a file in no package has no name elsewhere
-            starts.add(max(top, 0))
-        if parts and parts[0] in PYTHON_ROOTS:
-            starts.add(1)
-        yield from (".".join(parts[start:]) for start in sorted(starts) if parts[start:])
+        for start in range(len(parts)):
+            if start == 0 or len(parts) - start >= 2 or is_package or (start == 1 and parts[0] in PYTHON_ROOTS):
+                yield ".".join(parts[start:])
 
     def python(self, path: str, reference: str) -> list[str]:
         origin, _, name = reference.partition(":")
