@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import multiprocessing
 import os
@@ -152,10 +153,7 @@ def tokenize_files(
             f"{tokenizer.path}: the tokenizer names no end-of-document token; add eos_token to its tokenizer_config.json"
         )
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(
-        prefix.with_name(f".{prefix.name}.lock"),
-        lambda holder: progress.message(f"waiting for process {holder}, which writes {prefix}"),
-    ):
+    with _only_writer(prefix, progress):
         file = tokenizer.path / "tokenizer.json" if tokenizer.path.is_dir() else tokenizer.path
         sha256 = _digest(file)
         settings = digest_of(
@@ -197,6 +195,21 @@ def tokenize_files(
             memory_bytes=(memory_mb - UNCOUNTED_MB) << 20,
         )
         return run.run(job)
+
+
+@contextlib.contextmanager
+def _only_writer(prefix: Path, progress: Progress) -> Iterator[None]:
+    """Another process that writes the same prefix waits. The lock file goes away with the work."""
+    path = prefix.with_name(f".{prefix.name}.lock")
+    while True:
+        with exclusive_lock(path, lambda holder: progress.message(f"waiting for process {holder}, which writes {prefix}")):
+            # The one before may have removed the file that was waited for; a lock counts only while its file has its name.
+            if path.exists() and path.read_text(encoding="utf-8").strip() == str(os.getpid()):
+                try:
+                    yield
+                finally:
+                    path.unlink()
+                return
 
 
 class _Run:
