@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 from data_prep.files import atomic_write, write_json
@@ -155,7 +156,8 @@ def collect(size_bytes: int, workers: int, progress: Progress) -> list[Document]
     """Unique documents of `size_bytes` of text (UTF-8) in all, or what there is; in the order of their digests."""
     unique: dict[bytes, Document] = {}
     total = 0
-    with ProcessPoolExecutor(workers) as pool:
+    # spawn: the caller may have threads (a progress bar has), which fork does not survive
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         streams = {kind.name: documents(kind, pool, workers) for kind in kinds()}
         shares = {kind.name: kind.share_percent for kind in kinds()}
         while streams and total < size_bytes:
