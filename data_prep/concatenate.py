@@ -40,9 +40,9 @@ from recipes.schema import Source
 
 VERSION = 1
 """Raise it when the same files would give other documents."""
-MAX_DOCUMENT_BYTES = 32 << 20
-"""A longer repository is split at a boundary of files. 32 MiB are some ten million tokens, many times the longest sequence; a line of
-JSON much longer is refused by readers."""
+MAX_DOCUMENT_BYTES = 16 << 20
+"""A longer repository is split at a boundary of files. 16 MiB are some five million tokens, ten times the longest sequence; readers
+refuse lines of JSON that are much longer, and a process holds such a text several times over."""
 BUCKET_BYTES = 256 << 20
 MAX_BUCKETS = 256
 """Text of one bucket, roughly; a billion bytes of code are about 200,000 files, whose names and references take 100 MB. Every process
@@ -378,11 +378,12 @@ def _join(task: _JoinTask) -> dict[str, int]:
         out = stack.enter_context(atomic_write(part))
         for repository in sorted(repositories, key=_hash):
             files = repositories[repository]
-            order, cut = dependency_order.dependency_order({path: file.references for path, file in files.items()})
+            order = dependency_order.dependency_order({path: file.references for path, file in files.items()})
             counts["repositories"] += 1
             counts["source_files"] += len(files)
-            counts["references_cut"] += cut
-            documents = _documents([(path, files[path]) for path in order])
+            counts["references"] += order.references
+            counts["references_cut"] += order.cut
+            documents = _documents([(path, files[path]) for path in order.paths])
             for number, members in enumerate(documents, 1):
                 text = _document(repository, members, splits, f", part {number} of {len(documents)}" * (len(documents) > 1))
                 identifier = repository if len(documents) == 1 else f"{repository}#{number}"
@@ -406,7 +407,6 @@ def _index(splits: Sequence[IO[bytes]], counts: dict[str, int]) -> dict[str, dic
                 split.seek(size + 1, os.SEEK_CUR)
                 continue
             references = dependency_order.references(path, split.read(size).decode())
-            counts["references"] += len(references)
             files[path] = _File(group, offset, size, references)
             split.seek(1, os.SEEK_CUR)
     return found

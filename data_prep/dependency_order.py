@@ -15,6 +15,7 @@ import posixpath
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 References = tuple[str, ...]
 
@@ -49,36 +50,47 @@ def references(path: str, text: str) -> References:
     return tuple(dict.fromkeys(finder(text)))[:MAX_REFERENCES] if finder else ()
 
 
-def dependency_order(files: Mapping[str, References]) -> tuple[list[str], int]:
-    """Paths in reading order, and the number of references that were cut because they close a cycle.
+@dataclass(frozen=True)
+class Order:
+    """The files of a repository in reading order."""
 
-    `files`: path inside the repository (with '/') -> `references` of its text.
-    """
-    wanted = _Resolver(files)
-    order: list[str] = []
-    open_files: set[str] = set()
+    paths: list[str]
+    references: int
+    """From a file to another one of the repository."""
+    cut: int
+    """Of these, not kept because they close a cycle."""
+
+
+def dependency_order(files: Mapping[str, References]) -> Order:
+    """Sort the files of a repository; `files`: path inside it (with '/') -> `references` of its text."""
+    resolver = _Resolver(files)
+    paths: list[str] = []
+    is_open: set[str] = set()
     done: set[str] = set()
-    cut = 0
+    wanted = cut = 0
     for root in sorted(files, key=_reading_rank):
-        if root in done:
-            continue
-        open_files.add(root)
-        stack = [(root, iter(wanted.of(root)))]
-        while stack:
+        stack: list[tuple[str, Iterator[str]]] = []
+        following: str | None = root if root not in done else None
+        while following or stack:
+            if following:
+                found = resolver.of(following)
+                wanted += len(found)
+                is_open.add(following)
+                stack.append((following, iter(found)))
             file, pending = stack[-1]
-            for following in pending:
-                if following in open_files:
+            following = None
+            for candidate in pending:
+                if candidate in is_open:
                     cut += 1
-                elif following not in done:
-                    open_files.add(following)
-                    stack.append((following, iter(wanted.of(following))))
+                elif candidate not in done:
+                    following = candidate
                     break
-            else:
+            if following is None:
                 stack.pop()
-                open_files.remove(file)
+                is_open.remove(file)
                 done.add(file)
-                order.append(file)
-    return order, cut
+                paths.append(file)
+    return Order(paths, wanted, cut)
 
 
 def _reading_rank(path: str) -> tuple[int, int, str]:

@@ -87,8 +87,7 @@ def repositories() -> Iterator[Document]:
             if text is not None:
                 texts[file] = text
         parts: list[list[str]] = [[]]
-        order, _ = dependency_order({file: references(file, text) for file, text in texts.items()})
-        for file in order:
+        for file in dependency_order({file: references(file, text) for file, text in texts.items()}).paths:
             block = f"# file: {file}\n{texts[file].rstrip()}\n"
             if parts[-1] and sum(map(len, parts[-1])) + len(block) > MAX_REPOSITORY_CHARS:
                 parts.append([])
