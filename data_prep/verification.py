@@ -94,7 +94,10 @@ class Verification:
     # --- collecting ------------------------------------------------------------------------------------------------------------
 
     def shown(self, path: Path) -> str:
-        return os.path.relpath(path, self.base) if path.is_absolute() and path.is_relative_to(self.base) else str(path)
+        for base in (self.base, self.real(self.base)):
+            if path.is_relative_to(base):
+                return str(path.relative_to(base))
+        return str(path)
 
     def find(self, path: Path, what: str, expected: object, found: object, remedy: str = REMEDY) -> None:
         with self._lock:
@@ -190,7 +193,7 @@ class Verification:
             return self.find(idx_path(bin_.with_suffix("")), "dtype", "integers", index.dtype.name, remedy)
         if reading.look is None:
             reading.look = Look(index.dtype, vocab_size, eod_id, wants_heads=self.wants_heads)
-            self.later(lambda: self._tokens_found(bin_, reading.look, remedy))
+            self.later(lambda: self._tokens_found(reading.path, reading.look, remedy))
         if reading.look.dtype == index.dtype:
             reading.look.add(index)
             # One promise holds for all that is in the file.
@@ -235,24 +238,41 @@ class Verification:
         return self.findings
 
     def _compare(self) -> None:
-        names = defaultdict(set)
-        for recorded in self._recorded:
-            names[recorded.digest.value].add(self.shown(recorded.path))
         for reading in self._readings.values():
             if reading.error:
                 self.find(reading.path, "reading", "all of it", reading.error, "look at the disk; then run `quarry prep`")
-        told: set[tuple[Path, str]] = set()
+        of_file: dict[Path, list[Recorded]] = defaultdict(list)
         for recorded in self._recorded:
-            path, digest = self.real(recorded.path), recorded.digest
-            reading = self._readings[path]
+            of_file[self.real(recorded.path)].append(recorded)
+        for real, records in of_file.items():
+            if not self._readings[real].error:
+                self._compare_file(real, self._readings[real], records)
+
+    def _compare_file(self, real: Path, reading: Reading, records: list[Recorded]) -> None:
+        """One file against all that is recorded of it, through whatever links; an altered file is one finding, not one per link."""
+
+        def agrees(recorded: Recorded) -> bool:
+            digest = recorded.digest
+            return reading.digests[digest.algorithm] == digest.value and digest.bytes in (None, reading.size)
+
+        wrong = [recorded for recorded in records if not agrees(recorded)]
+        altered = len(wrong) == len(records)
+        if altered:
+            best = "sha256" if any(recorded.digest.algorithm == "sha256" for recorded in wrong) else "xxh3"
+            wrong = [recorded for recorded in wrong if recorded.digest.algorithm == best]
+        told: set[str] = set()
+        for recorded in wrong:
+            digest = recorded.digest
+            if digest.value in told:
+                continue
+            told.add(digest.value)
+            # Where another record agrees with the content, it is the link or the record that is wrong, not the file.
+            path = real if altered else recorded.path
             said_by = f"recorded in {self.shown(recorded.said_by)}"
-            if reading.error or (path, digest.value) in told:
-                continue  # several views link to one file: once is enough
-            told.add((path, digest.value))
-            if digest.bytes is not None and reading.size != digest.bytes:
-                self.find(recorded.path, f"size in bytes, {said_by}", digest.bytes, reading.size, recorded.remedy)
+            if digest.bytes not in (None, reading.size):
+                self.find(path, f"size in bytes, {said_by}", digest.bytes, reading.size, recorded.remedy)
             value = reading.digests[digest.algorithm]
             if value != digest.value:
-                others = names.get(value, set()) - {self.shown(recorded.path)}
+                others = {self.shown(self.real(r.path)) for r in self._recorded if r.digest.value == value} - {self.shown(real)}
                 found = f"{value}{f' (that of {min(others)}: swapped?)' if others else ''}"
-                self.find(recorded.path, f"{digest.label}, {said_by}", digest.value, found, recorded.remedy)
+                self.find(path, f"{digest.label}, {said_by}", digest.value, found, recorded.remedy)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.indexed import Index
+from data_prep.indexed import Index, parts
 
 BLOCK_BYTES = 1 << 20
 """Read at a time: fits a core's second-level cache, so that hashing and looking at it read memory once."""
@@ -51,8 +51,8 @@ class Look:
     """The id that every document ends with; None: not promised."""
     starts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """Token offset of each document that an index names, ascending, int64 [N]."""
-    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    """Its length in tokens, int64 [N]."""
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    """Its length in tokens, int32 [N]."""
 
     wants_heads: bool = False
     """Whether `heads` will be asked for."""
@@ -70,26 +70,28 @@ class Look:
 
     def add(self, index: Index) -> None:
         """Look at the documents of `index` too (one sequence each, offsets at whole tokens)."""
-        starts, lengths = self._starts(index), index.lengths.astype(np.int64)
+        starts, lengths = self._starts(index), index.lengths
         if len(self.starts):
             if self._all_known(starts):
                 return  # a view of what is looked at already
             starts, lengths = np.concatenate([self.starts, starts]), np.concatenate([self.lengths, lengths])
-        if not (starts[1:] > starts[:-1]).all():
-            starts, first = np.unique(starts, return_index=True)
-            lengths = lengths[first]
+        if not all((starts[p][1:] > starts[p][:-1]).all() for p in parts(len(starts), overlap=1)):
+            # Of several at one place the longest: an empty document lies where the next one begins.
+            order = np.lexsort((-lengths.astype(np.int64), starts))
+            starts, first = np.unique(starts[order], return_index=True)
+            lengths = lengths[order][first]
         self.starts, self.lengths = starts, lengths
 
     def begin(self) -> None:
         self.heads = np.zeros(len(self.starts) if self.wants_heads else 0, np.uint64)
-        # A document without tokens has no end to look at.
-        nonempty = np.flatnonzero(self.lengths > 0)
-        ends = self.starts[nonempty] + self.lengths[nonempty] - 1
-        if not (ends[1:] >= ends[:-1]).all():  # documents that overlap: a damaged index
-            order = np.argsort(ends, kind="stable")
-            ends, nonempty = ends[order], nonempty[order]
-        self._ends, self._ends_of = ends, nonempty
         self._straddling: list[int] = []
+        self._longest = int(self.lengths.max(initial=0)) if self._overlap() else 0
+
+    def _overlap(self) -> bool:
+        """Whether a document reaches into the next one, as in a damaged index."""
+        return any(
+            (self.starts[p][:-1] + self.lengths[p][:-1] > self.starts[p][1:]).any() for p in parts(len(self.starts), overlap=1)
+        )
 
     def block(self, tokens: np.ndarray, base: int) -> None:
         """`tokens` are those from token offset `base` on."""
@@ -104,20 +106,28 @@ class Look:
             self.over += len(wrong)
             if self.first_over is None:
                 self.first_over = base + int(wrong[0]), int(tokens[wrong[0]])
+        low, high = (int(n) for n in np.searchsorted(self.starts, (base, base + len(tokens))))
         if self.eod_id is not None:
-            low, high = np.searchsorted(self._ends, (base, base + len(tokens)))
-            wrong = np.flatnonzero(tokens[self._ends[low:high] - base] != self.eod_id)
-            if len(wrong):
-                self.unended += len(wrong)
-                if self.first_unended is None:
-                    end = int(self._ends[low + wrong[0]])
-                    self.first_unended = int(self.starts[self._ends_of[low + wrong[0]]]), int(tokens[end - base])
+            self._check_ends(tokens, base, low, high)
         if self.wants_heads:
-            low, middle, high = np.searchsorted(self.starts, (base, base + len(tokens) - HEAD_TOKENS + 1, base + len(tokens)))
-            middle = max(low, middle)
+            middle = max(low, int(np.searchsorted(self.starts, base + len(tokens) - HEAD_TOKENS + 1)))
             if middle > low:
                 self.heads[low:middle] = fingerprints(unsigned, self.starts[low:middle] - base, self.lengths[low:middle])
             self._straddling += range(middle, high)
+
+    def _check_ends(self, tokens: np.ndarray, base: int, low: int, high: int) -> None:
+        """Last ids of the documents that end in this block; `low` to `high` begin in it."""
+        # Of those that began before only the last can end here, unless documents overlap.
+        low = int(np.searchsorted(self.starts, base - self._longest)) if self._longest else max(0, low - 1)
+        lengths = self.lengths[low:high]
+        ends = self.starts[low:high] + lengths - 1 - base
+        # A document without tokens has no end to look at.
+        here = np.flatnonzero((ends >= 0) & (ends < len(tokens)) & (lengths > 0))
+        wrong = here[tokens[ends[here]] != self.eod_id]
+        if len(wrong):
+            self.unended += len(wrong)
+            if self.first_unended is None:
+                self.first_unended = int(self.starts[low + wrong[0]]), int(tokens[ends[wrong[0]]])
 
     def finish(self, path: Path) -> None:
         """Documents that begin less than HEAD_TOKENS before a block's end."""
@@ -130,7 +140,7 @@ class Look:
                 tokens[: len(head) // self.dtype.itemsize] = np.frombuffer(head, tokens.dtype)
                 one = slice(number, number + 1)
                 self.heads[one] = fingerprints(tokens, np.zeros(1, np.int64), self.lengths[one])
-        del self._ends, self._ends_of, self._straddling
+        del self._straddling
 
     def knows(self, index: Index) -> bool:
         """Whether every document of `index` is one that was looked at."""

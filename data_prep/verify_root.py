@@ -144,6 +144,8 @@ class Root:
         record = self._sources[name] = self._record(path, TokenizedRecord)
         if record is None:
             return None
+        if record.source != name:
+            self.v.find(path, "source", name, record.source)
         tokenizer = self.tokenizer()
         if tokenizer and tokenizer.sha256 != record.tokenizer_sha256:
             self.v.find(path, "tokenizer, by tokenizer/record.json", tokenizer.sha256, record.tokenizer_sha256)

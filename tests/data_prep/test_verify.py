@@ -17,6 +17,7 @@ from data_prep.files import digest_of, file_sha256, record_file, write_json
 from data_prep.index_caches import IndexCache, cache_path
 from data_prep.indexed import Index, Reader, bin_path, idx_path
 from data_prep.manifest import HeldoutManifest, MixtureManifest, heldout_path, mixture_path
+from data_prep.merge import file_xxh3
 from data_prep.progress import Silent
 from data_prep.records import TokenizedRecord
 from data_prep.verify import inspect, verify
@@ -71,15 +72,24 @@ def sign_again(path, change):
 
 
 def record_again(root, name):
-    """Records of a tokenized source and of all its views fitted to the .bin and .idx as they are now."""
-    path = root / "tokenized" / f"{name}.json"
-    record = json.loads(path.read_text())
-    record["bin"], record["idx"] = (record_file(root / "tokenized" / f"{name}{s}").model_dump() for s in (".bin", ".idx"))
-    write_json(path, record)
+    """All records of a source's tokens, and of the views on them, fitted to the .bin and .idx as they are now."""
+    source, heldout, tokens = (root / folder / stem for folder, stem in (
+        ("tokenized", name), ("tokenized", f"{name}.heldout"), ("tokens", name)))  # fmt: skip
+    index, whole = Index.read(idx_path(source)), Index.read(idx_path(tokens))
+    files = {key: record_file(path).model_dump() for key, path in (("bin", bin_path(source)), ("idx", idx_path(source)))}
+    files |= {"heldout_bin": files["bin"], "heldout_idx": record_file(idx_path(heldout)).model_dump()}
+    write_again(source.with_suffix(".json"), documents=index.documents, tokens=index.tokens, **files)
+    written = {suffix: {"bytes": path.stat().st_size, "xxh3": file_xxh3(path)} for suffix, path in (
+        ("bin", bin_path(tokens)), ("idx", idx_path(tokens)))}  # fmt: skip
+    write_again(tokens.with_suffix(".json"), documents=whole.documents, tokens=whole.tokens, **written)
     for folder in (root / "views").iterdir():
         if (folder / f"{name}.idx").exists():
-            files = {"bin": record["bin"], "idx": record_file(folder / f"{name}.idx").model_dump()}
-            sign_again(folder / "manifest.json", lambda m, files=files: m["sources"][name].update(files))
+            view = {"bin": files["bin"], "idx": record_file(folder / f"{name}.idx").model_dump()}
+            sign_again(folder / "manifest.json", lambda m, view=view: m["sources"][name].update(view))
+
+
+def write_again(path, **values):
+    write_json(path, {**json.loads(path.read_text()), **values})
 
 
 # --- clean ---------------------------------------------------------------------------------------------------------------------------
@@ -151,9 +161,7 @@ def test_one_altered_byte_anywhere(clean, tmp_path, data, place, mask):
         flip(copy / path, position, mask)
 
 
-@pytest.mark.parametrize(
-    "file", ["tokenized/web_a.bin", "views/first/web_a.idx", "heldout/code.idx", "tokenizer/tokenizer.model"]
-)
+@pytest.mark.parametrize("file", ["tokens/web_a.bin", "views/first/web_a.idx", "heldout/code.idx", "tokenizer/tokenizer.model"])
 @pytest.mark.parametrize("left", [0, 1, 40, -2])
 def test_truncated_files(root, file, left):
     content = (root / file).read_bytes()
@@ -164,41 +172,48 @@ def test_truncated_files(root, file, left):
 
 
 def test_all_findings_are_listed(root):
-    victims = ["tokenized/web_a.bin", "views/second/code_a.idx", "heldout/web.bin"]
+    victims = ["tokens/web_a.bin", "views/second/code_a.idx", "heldout/web.bin"]
     for victim in victims:
         flip(root / victim, 50)
     assert files_of(verify(root)) >= set(victims)
 
 
 def test_an_altered_file_behind_many_links_is_named_once(root):
-    flip(root / "tokenized" / "code_a.bin", 100)
-    assert [f.file for f in verify(root) if "SHA-256" in f.what] == ["tokenized/code_a.bin"]
+    flip(root / "tokens" / "code_a.bin", 100)
+    assert [f.file for f in verify(root) if "SHA-256" in f.what or "XXH3" in f.what] == ["tokens/code_a.bin"]
 
 
+@pytest.mark.parametrize("folders", [["tokens"], ["tokenized"], ["tokens", "tokenized"]])
 @pytest.mark.parametrize("suffixes", [[".bin"], [".bin", ".idx"], [".bin", ".idx", ".json"]])
-def test_two_sources_swapped(root, suffixes):
-    for suffix in suffixes:
-        a, b = (root / "tokenized" / f"{name}{suffix}" for name in ("web_a", "web_b"))
-        a.rename(root / "c")
-        b.rename(a)
-        (root / "c").rename(b)
+def test_two_sources_swapped(root, suffixes, folders):
+    names = [f"{stem}{suffix}" for suffix in suffixes for stem in ("web_a", "web_b")]
+    for folder in folders:
+        for a, b in zip(names[::2], names[1::2], strict=True):
+            a, b = root / folder / a, root / folder / b
+            a.rename(root / "c")
+            b.rename(a)
+            (root / "c").rename(b)
     found = verify(root)
-    if ".json" in suffixes:
-        # the records went along: the views tell
-        assert {"views/first/web_a.bin", "views/first/web_b.bin"} <= files_of(found)
-    else:
+    if folders == ["tokens"] and ".json" not in suffixes:
         for ours, theirs in (("web_a", "web_b"), ("web_b", "web_a")):
-            swapped = finding(found, f"tokenized/{ours}.bin", "SHA-256")
-            assert f"(that of tokenized/{theirs}.bin: swapped?)" in swapped.found
+            assert f"(that of tokens/{theirs}.bin: swapped?)" in finding(found, f"tokens/{ours}.bin", "SHA-256").found
+    elif folders == ["tokenized"] and ".json" not in suffixes:
+        # links to the other's tokens: the files are as recorded, the links are not
+        assert {"tokenized/web_a.bin", "tokenized/web_b.bin"} <= files_of(found)
+    elif "tokenized" in folders and ".json" in suffixes:
+        assert finding(found, "tokenized/web_a.json", "source").found == "web_b"
+    assert any("web_a" in f.file for f in found)
+    assert any("web_b" in f.file for f in found)
 
 
 def test_a_missing_file_and_a_dangling_link(root):
     (root / "views" / "first" / "web_a.idx").unlink()
-    (root / "tokenized" / "code_a.bin").unlink()
+    (root / "tokens" / "code_a.bin").unlink()
     found = verify(root)
     assert finding(found, "views/first/web_a.idx").found == "no such file"
     assert "a link to ../../tokenized/code_a.bin, which does not exist" in finding(found, "views/first/code_a.bin").found
-    assert finding(found, "tokenized/code_a.bin").found == "no such file"
+    assert "a link to ../tokens/code_a.bin, which does not exist" in finding(found, "tokenized/code_a.bin").found
+    assert finding(found, "tokens/code_a.bin").found == "no such file"
 
 
 # --- tokenizer and tokens --------------------------------------------------------------------------------------------------------------
@@ -221,13 +236,13 @@ def test_another_tokenizer(root):
 
 def test_an_id_over_the_vocabulary(root):
     """With records that fit: only reading the tokens shows it."""
-    path = root / "tokenized" / "math_a.bin"
+    path = root / "tokens" / "math_a.bin"
     tokens = np.fromfile(path, np.uint16)
     tokens[[77, 500]] = 400, 65535
     tokens.tofile(path)
     record_again(root, "math_a")
     found = verify(root)
-    wrong = finding(found, "tokenized/math_a.bin", "token ids")
+    wrong = finding(found, "tokens/math_a.bin", "token ids")
     assert wrong.what == "token ids (2 of them, the first at token 77)"
     assert (wrong.expected, wrong.found) == ("below 400", "400")
     assert finding(found, "tokenized/math_a.json", "max_token_id").expected == "65535"
@@ -235,14 +250,15 @@ def test_an_id_over_the_vocabulary(root):
 
 def test_a_document_without_its_end(root):
     reader = Reader(root / "tokenized" / "web_b")
-    end = int(reader.index.lengths[:3].sum()) - 1
-    path = root / "tokenized" / "web_b.bin"
+    start = int(reader.index.offsets[2]) // 2
+    end = start + int(reader.index.lengths[2]) - 1
+    path = root / "tokens" / "web_b.bin"
     tokens = np.fromfile(path, np.uint16)
     tokens[end] = 9
     tokens.tofile(path)
     record_again(root, "web_b")
-    wrong = finding(verify(root), "tokenized/web_b.bin")
-    assert wrong.what == f"last id of documents (1 of them, the first begins at token {reader.index.offsets[2] // 2})"
+    wrong = finding(verify(root), "tokens/web_b.bin")
+    assert wrong.what == f"last id of documents (1 of them, the first begins at token {start})"
     assert (wrong.expected, wrong.found) == ("2, the end of a document", "9")
 
 
@@ -272,17 +288,20 @@ def test_an_edited_manifest(root):
 # --- views -----------------------------------------------------------------------------------------------------------------------------
 
 
-def edit_view(root, name, change, phase="first"):
-    """Write a view's index anew, with a manifest that fits it."""
-    path = root / "views" / phase / f"{name}.idx"
+def edit_index(path, change):
+    """Write an .idx anew after `change` of its lengths and offsets."""
     old = Index.read(path)
     arrays = {"lengths": old.lengths.copy(), "offsets": old.offsets.copy()}
     change(arrays)
-    path.unlink()
     Index(old.dtype, arrays["lengths"], arrays["offsets"], np.arange(len(arrays["lengths"]) + 1)).write(path)
-    new = Index.read(path)
-    sign_again(mixture_path(root, phase), lambda m: m["sources"][name].update(
-        idx=record_file(path).model_dump(), documents=new.documents, tokens_available=new.tokens))  # fmt: skip
+
+
+def edit_view(root, name, change, phase="first"):
+    """Write a view's index anew, with a manifest that fits it."""
+    path = root / "views" / phase / f"{name}.idx"
+    edit_index(path, change)
+    values = {"idx": record_file(path).model_dump(), "tokens_available": Index.read(path).tokens}
+    sign_again(mixture_path(root, phase), lambda m: m["sources"][name].update(values))
 
 
 @pytest.mark.parametrize("step", [2, -2])
@@ -331,38 +350,27 @@ def test_a_link_to_another_source(root):
     assert finding(verify(root), "views/first/web_a.bin", "link").expected == "to tokenized/web_a.bin"
 
 
-def test_a_held_out_document_in_a_source(root):
-    """Its tokens are put in place of a document of a view; all records fit."""
-    held = Reader(root / "tokenized" / "code_a.heldout")[0]
-    prefix = root / "tokenized" / "web_a"
-    index = Index.read(idx_path(prefix))
-    fits = [d for d in Index.read(root / "views" / "first" / "web_a.idx").offsets if d + 2 * len(held) <= index.end_bytes]
-    start = int(fits[0]) // 2
-    tokens = np.fromfile(bin_path(prefix), np.uint16)
-    old = tokens.copy()
-    tokens[start : start + len(held)] = held
-    tokens.tofile(bin_path(prefix))
-    number = int(np.flatnonzero(index.offsets == start * 2)[0])
-    lengths, offsets = index.lengths.copy(), index.offsets.copy()
-    lengths[number] = len(held)
-    keep = (offsets <= start * 2) | (offsets >= (start + len(held)) * 2)
-    assert keep.sum() < len(keep) or len(held) <= index.lengths[number]
-    assert (old[start : start + len(held)] != held).any()
-    new = Index(index.dtype, lengths[keep], offsets[keep], np.arange(keep.sum() + 1))
-    idx_path(prefix).unlink()
-    new.write(idx_path(prefix))
-    record = json.loads((root / "tokenized" / "web_a.json").read_text())
-    write_json(root / "tokenized" / "web_a.json", {**record, "documents": new.documents, "tokens": new.tokens})
+def test_a_held_out_document_in_another_source(root):
+    """Its tokens are put over a longer document of a view, which is cut to its length; all records fit."""
+    held = Reader(root / "tokenized" / "code_a.heldout")
+    number = int(held.index.lengths.argmin())
+    document = held[number]
+    view = Index.read(root / "views" / "first" / "web_a.idx")
+    place = int(np.flatnonzero(view.lengths > len(document))[0])
+    offset = int(view.offsets[place])
+    tokens = np.fromfile(root / "tokens" / "web_a.bin", np.uint16)
+    tokens[offset // 2 : offset // 2 + len(document)] = document
+    tokens.tofile(root / "tokens" / "web_a.bin")
 
-    def follow(arrays):
-        inside = np.isin(arrays["offsets"], new.offsets)
-        arrays["offsets"] = arrays["offsets"][inside]
-        arrays["lengths"] = new.lengths[np.searchsorted(new.offsets, arrays["offsets"])]
+    def cut(arrays):
+        arrays["lengths"][arrays["offsets"] == offset] = len(document)
 
-    edit_view(root, "web_a", follow)
+    for path in (root / "tokens" / "web_a.idx", root / "tokenized" / "web_a.idx"):
+        edit_index(path, cut)
+    edit_view(root, "web_a", cut)
     record_again(root, "web_a")
-    wrong = finding(verify(root), "views/first/web_a.idx", "held-out documents (1 of them")
-    assert wrong.found == "document 0 of tokenized/code_a.heldout"
+    wrong = finding(verify(root), "views/first/web_a.idx", f"held-out documents (1 of them, the first is document {place})")
+    assert wrong.found == f"document {number} of tokenized/code_a.heldout"
 
 
 # --- index caches --------------------------------------------------------------------------------------------------------------------------
@@ -590,7 +598,7 @@ def test_fingerprints_and_ends_do_not_depend_on_blocks(tmp_path_factory, documen
         verify_reading.read_all([reading], 1, lambda size: None)
     finally:
         verify_reading.BLOCK_BYTES = whole
-    assert (look.max_token_id, look.over, look.unended) == (100, 0, 0)
+    assert (look.max_token_id, look.over, look.unended, look.first_unended) == (100, 0, 0, None)
     assert reading.digests["sha256"] == file_sha256(bin_path(prefix))
     heads = look.heads_of(index)
     for a in range(len(documents)):
@@ -600,6 +608,38 @@ def test_fingerprints_and_ends_do_not_depend_on_blocks(tmp_path_factory, documen
                 assert (heads[a] == heads[b]) == (alike and documents[a][:16] == documents[b][:16])
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=30),
+    block=st.sampled_from([16, 64, 1 << 20]),
+    wrong=st.sets(st.integers(0, 29)),
+    overlap=st.booleans(),
+)
+def test_every_wrong_end_is_counted_once(tmp_path_factory, lengths, block, wrong, overlap):
+    from data_prep import verify_reading
+
+    ends = [9 if number in wrong else 100 for number in range(len(lengths))]
+    texts = [[5] * (length - 1) + [end] if length else [] for length, end in zip(lengths, ends, strict=True)]
+    prefix = pair(tmp_path_factory.mktemp("ends"), texts)
+    look = verify_reading.Look(np.dtype(np.uint16), 101, 100)
+    index = Index.read(idx_path(prefix))
+    look.add(index)
+    expected = sum(length > 0 and number in wrong for number, length in enumerate(lengths))
+    if overlap and lengths[0]:  # one more document that covers all: it ends where the last one does
+        whole = Index(index.dtype, np.array([sum(lengths)], np.int32), np.array([0]), np.arange(2))
+        look.starts, look.lengths = np.zeros(0, np.int64), np.zeros(0, np.int32)
+        look.add(Index(index.dtype, index.lengths[1:], index.offsets[1:], np.arange(len(lengths))))
+        look.add(whole)
+        last = max(number for number, length in enumerate(lengths) if length)
+        expected += (last in wrong) - (0 in wrong)
+    before, verify_reading.BLOCK_BYTES = verify_reading.BLOCK_BYTES, block
+    try:
+        verify_reading.read_all([verify_reading.Reading(bin_path(prefix), look=look)], 1, lambda size: None)
+    finally:
+        verify_reading.BLOCK_BYTES = before
+    assert look.unended == expected
+
+
 def arguments(path, **options):
     return argparse.Namespace(path=path, **{"workers": None, "full": False, **options})
 
@@ -607,10 +647,10 @@ def arguments(path, **options):
 def test_the_command(root, capsys):
     assert verify_command.run(arguments(root)) == 0
     assert "nothing found; read " in capsys.readouterr().out
-    flip(root / "tokenized" / "code_a.bin", 10)
+    flip(root / "tokens" / "code_a.bin", 10)
     assert verify_command.run(arguments(root, workers=2)) == 1
     out = capsys.readouterr().out
-    assert "tokenized/code_a.bin\n  SHA-256, recorded in tokenized/code_a.json: expected " in out
+    assert "tokens/code_a.bin\n  SHA-256, recorded in tokenized/code_a.json: expected " in out
     assert "    run `quarry prep`, which makes again what is not as recorded" in out
     assert "1 finding in 1 file; read " in out
 
