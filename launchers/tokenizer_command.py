@@ -18,7 +18,7 @@ TRAIN_MAX_MB = 300.0
 SentencePiece keeps the text: about 17 MB of memory and 0.4 s per MB."""
 REPORT_MAX_MB = 100.0
 """Of text, by default: half a minute per tokenizer; ratios are steady to a percent with much less."""
-SMALL_SHARE = 0.01
+SMALL_SHARE = 0.02
 """Languages below this share of their category's text are one row of the table; the JSON has them all."""
 
 EPILOG = """examples:
@@ -248,6 +248,7 @@ def _of_recipe(args: argparse.Namespace, max_bytes: int) -> tuple[Iterator[Label
     from data_prep.fertility import Labelled, language_of
     from data_prep.records import TokenizerFile
     from data_prep.sources import corpus_path, documents
+    from data_prep.text_files import Text
     from recipes.compose import compose
 
     recipe = compose(args.overrides, args.config_dir)
@@ -261,7 +262,7 @@ def _of_recipe(args: argparse.Namespace, max_bytes: int) -> tuple[Iterator[Label
 
     def labelled() -> Iterator[Labelled]:
         for name, source in sources.items():
-            found = (document for document in documents(root, name, source) if hasattr(document, "text"))
+            found = (document for document in documents(root, name, source) if isinstance(document, Text))
             for document in _within(found, max_bytes // len(sources)):
                 yield Labelled(document.text, source.category, language_of(document.text))
 
@@ -315,10 +316,6 @@ def show(report: Report) -> None:
     table.add_section()
     line(everything, "all", style="bold")
     console.print(table)
-    for name, used in report.used.items():
-        console.print(
-            f"{name}: {used:,} of {report.vocabularies[name]:,} entries occur in this text", soft_wrap=True, markup=False
-        )
 
 
 COLUMNS = (
