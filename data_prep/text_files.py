@@ -19,6 +19,8 @@ from data_prep.optional import need
 
 CHUNK_BYTES = 1 << 20
 """Read from disk at a time: large enough that calls do not matter."""
+PACKED_CHUNK_BYTES = 1 << 14
+"""Of a packed file: what was unpacked of the piece that holds the damage is lost with it."""
 MAX_LINE_BYTES = 256 << 20
 """A longer line is quarantined unread: parsing it would take over 1 GiB of memory, and no document of that size is one text."""
 PARQUET_ROWS = 256
@@ -105,8 +107,10 @@ def is_packed(path: Path) -> bool:
 def chunks(path: Path, on_raw: Callable[[bytes], None] = lambda raw: None) -> Iterator[bytes]:
     """The unpacked content in pieces of about CHUNK_BYTES; DamagedFile where it breaks off. `on_raw` sees the bytes of the file."""
 
+    size = PACKED_CHUNK_BYTES if is_packed(path) else CHUNK_BYTES
+
     def read() -> bytes:
-        data = f.read(CHUNK_BYTES)
+        data = f.read(size)
         on_raw(data)
         return data
 
@@ -134,7 +138,7 @@ def _inflate(raw: Iterable[bytes]) -> Iterator[bytes]:
                     break
                 stream, fresh = zlib.decompressobj(31), False
             try:
-                out = stream.decompress(data, 4 * CHUNK_BYTES)
+                out = stream.decompress(data, CHUNK_BYTES)
             except zlib.error as error:
                 raise DamagedFile(f"the gzip stream is damaged ({error}); what follows is lost") from None
             if out:
@@ -144,7 +148,11 @@ def _inflate(raw: Iterable[bytes]) -> Iterator[bytes]:
             else:
                 data = stream.unconsumed_tail
     if not fresh:
-        raise DamagedFile("the gzip stream is truncated; what follows is lost")
+        # What was held back when the output of a call was full.
+        if out := stream.flush():
+            yield out
+        if not stream.eof:
+            raise DamagedFile("the gzip stream is truncated; what follows is lost")
 
 
 def _unpack_zst(raw: Iterable[bytes]) -> Iterator[bytes]:
@@ -173,8 +181,8 @@ def lines(pieces: Iterable[bytes], max_bytes: int = MAX_LINE_BYTES) -> Iterator[
     for piece in pieces:
         start = 0
         while (end := piece.find(b"\n", start)) >= 0:
-            if skipped:
-                yield too_long(skipped + end - start)
+            if skipped or size + end - start > max_bytes:
+                yield too_long(skipped + size + end - start, max_bytes)
             elif parts:
                 parts.append(piece[start:end])
                 yield b"".join(parts)
@@ -188,13 +196,13 @@ def lines(pieces: Iterable[bytes], max_bytes: int = MAX_LINE_BYTES) -> Iterator[
             parts.append(piece[start:])
             size += rest
     if skipped:
-        yield too_long(skipped)
+        yield too_long(skipped, max_bytes)
     elif parts:
         yield b"".join(parts)
 
 
-def too_long(size: int) -> Reason:
-    return Reason("line too long", f"{size} bytes, at most {MAX_LINE_BYTES} are read")
+def too_long(size: int, max_bytes: int = MAX_LINE_BYTES) -> Reason:
+    return Reason("line too long", f"{size} bytes, at most {max_bytes} are read")
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,14 @@ from data_prep.tokenizer_training import train
 from tests.data_prep import helpers
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """What is found out about tokenizers is kept beside the tests' other files, not in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A SentencePiece model of 1,200 pieces on code and translated text."""
