@@ -5,7 +5,7 @@ a phase gets is thus an interval of hashes, and a plan over ten billion document
 not depend on how many others there are, so the order of documents that stay does not change when a source grows.
 
 To find where an interval ends, one pass sums tokens by the hash's leading bits, and a second one collects the documents of the few
-buckets in which some interval ends. Both go through the lengths in blocks, which may lie in a mapped file.
+buckets in which some interval ends. Both go through the lengths in blocks, which may lie in a file (data_prep/columns.py).
 
 Documents of different length are kept apart where a phase asks for long ones (`Need`): each class of lengths has its own place in the
 order. A phase that takes any length takes all classes together, least-read first.
@@ -133,7 +133,7 @@ class _Left:
 
 
 class Dealer:
-    """Deals one source; `lengths` is anything with a length whose slices are integer arrays (an array, a mapped file)."""
+    """Deals one source; `lengths` is anything with a length whose slices are integer arrays (an array, a column of a file)."""
 
     def __init__(self, source: str, lengths: np.ndarray, seed: int, needs: Sequence[Need] = ()) -> None:
         """`needs`: what will be asked for, in order; every min_document_tokens must be among them."""

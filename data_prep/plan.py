@@ -103,7 +103,7 @@ class Plan:
 def plan(recipe: Recipe, lengths_of: Callable[[str], np.ndarray], *, workers: int = 1) -> dict[str, dict[str, Draw]]:
     """Phase -> source -> Draw for the whole curriculum; DataError with all refusals, one a line, before anything is written.
 
-    `lengths_of(source)` gives the document lengths in tokens, int [N], of a tokenized source; a mapped file will do. With several
+    `lengths_of(source)` gives the document lengths in tokens, int [N], of a tokenized source; a column of a file will do. With several
     `workers` large plans are made by as many processes, and `lengths_of` has to be picklable.
     """
     made = make_plan(recipe, lengths_of, workers=workers)

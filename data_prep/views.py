@@ -1,6 +1,6 @@
 """Builds the views of the phases: an .idx per source that points into the source's one .bin, a link to it, and last the manifest.
 
-Each source is gone through once for all phases that are to be built, block by block from its mapped index into the views' files, so
+Each source is gone through once for all phases that are to be built, block by block from its index into the views' files, so
 that memory does not grow with the source; sources are spread over processes. A view has its pieces (data_prep/deal.py) one after the
 other, and the documents of a piece in the source's order: Megatron shuffles them anyway, and no sort is needed.
 """
@@ -18,10 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.columns import Column, open_columns
 from data_prep.deal import Hasher, Piece, blocks
 from data_prep.errors import DataError
 from data_prep.files import FileRecord, digest_of, record_file, replace_symlink, write_json
-from data_prep.indexed import Index, bin_path, idx_path, index_writer
+from data_prep.indexed import bin_path, idx_path, index_writer
 from data_prep.manifest import MixtureManifest, TokenizerRecord, ViewSource, mixture_path
 from data_prep.plan import PARALLEL_DOCUMENTS, Draw, Plan, make_plan, phase_inputs, phases_of
 from data_prep.progress import Progress
@@ -34,9 +35,9 @@ VIEW_BYTES_PER_DOCUMENT = 20
 """Of an .idx: length, offset, bound."""
 
 
-def source_lengths(data_root: Path, source: str) -> np.ndarray:
-    """Document lengths in tokens of a tokenized source, int32 [N], mapped."""
-    return Index.map(idx_path(data_root / "tokenized" / source)).lengths
+def source_lengths(data_root: Path, source: str) -> Column:
+    """Document lengths in tokens of a tokenized source, int32 [N]; slices are read from its index when they are taken."""
+    return open_columns(idx_path(data_root / "tokenized" / source)).lengths
 
 
 def plan_path(data_root: Path) -> Path:
@@ -219,7 +220,7 @@ def _build_all(
         found.update({(task.source, path.parent.name): file for path, file in zip(task.views, files, strict=True)})
         on_bytes(sum(file.bytes for file in files))
 
-    if workers > 1 and sum(len(Index.map(task.idx).lengths) for task in tasks) >= PARALLEL_DOCUMENTS:
+    if workers > 1 and sum(len(open_columns(task.idx).lengths) for task in tasks) >= PARALLEL_DOCUMENTS:
         # spawn: the caller may have threads, which fork does not survive
         with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=multiprocessing.get_context("spawn")) as pool:
             running = {pool.submit(_write_views, task): task for task in tasks}
@@ -233,12 +234,7 @@ def _build_all(
 
 def _write_views(task: _Task) -> list[FileRecord]:
     """Write the .idx files of one source in one pass; their records in the order of task.views."""
-    index = Index.map(task.idx)
-    if len(index.bounds) != len(index.lengths) + 1:
-        raise DataError(
-            f"{task.idx}: {index.documents} documents in {len(index.lengths)} sequences, a view needs one sequence per document; "
-            f"prepare the source again with `quarry prep`"
-        )
+    index = open_columns(task.idx)
     hashers = {piece.epoch: Hasher(task.seed, task.source, piece.epoch) for pieces in task.views.values() for piece in pieces}
     with contextlib.ExitStack() as stack:
         outputs = []

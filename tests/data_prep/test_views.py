@@ -1,5 +1,6 @@
 """Views: what the plan says and nothing else, read by Megatron as it is, at the price of an index each."""
 
+import copy
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from data_prep import deal, views
 from data_prep import plan as planner
+from data_prep.columns import open_columns
 from data_prep.deal import Hasher, documents_of
 from data_prep.errors import DataError
 from data_prep.files import record_file
@@ -259,6 +261,22 @@ def test_documents_of_several_sequences_are_refused(small, tmp_path):
     with pytest.raises(DataError, match=r"web_a.idx: 1 documents in 300 sequences"):
         build_views(root, recipe, drawn, records, TOKENIZER)
     assert not mixture_path(root, "first").exists()
+
+
+def test_columns_are_read_from_the_file_as_it_is_asked_for(tmp_path):
+    whole = Index(np.dtype(np.uint16), np.arange(1, 101, dtype=np.int32), np.arange(0, 1000, 10), np.arange(101))
+    whole.write(tmp_path / "a.idx")
+    columns = copy.deepcopy(open_columns(tmp_path / "a.idx"))
+    for _ in range(2):
+        assert (len(columns.lengths), columns.dtype) == (100, np.uint16)
+        assert columns.lengths[3:7].tolist() == [4, 5, 6, 7]
+        assert columns.offsets[95:200].tolist() == whole.offsets[95:].tolist()
+        assert columns.offsets[50:50].tolist() == []
+        columns = copy.deepcopy(columns)  # as processes get it, here with its file open
+    columns.lengths[0:1]
+    (tmp_path / "a.idx").write_bytes((tmp_path / "a.idx").read_bytes()[:100])
+    with pytest.raises(DataError, match="a.idx: ends while it is read"):
+        columns.lengths[50:100]
 
 
 def test_an_index_is_written_in_pieces_or_not_at_all(tmp_path):
