@@ -83,7 +83,7 @@ class Verification:
         self.findings: list[Finding] = []
         self.wants_heads = False
         """Whether the beginnings of documents are kept, to compare documents of different files; set before collecting."""
-        self.documents = self.tokens = 0
+        self.files = self.documents = self.tokens = 0
         self.read_bytes = 0
         self._readings: dict[Path, Reading] = {}
         self._recorded: list[Recorded] = []
@@ -228,6 +228,7 @@ class Verification:
         total = sum(path.stat().st_size for path in self._readings)
         with self.progress.step(f"reading {len(self._readings)} files", total) as done:
             read_all(self._readings.values(), self.workers, done)
+        self.files = len(self._readings)
         self.read_bytes = sum(reading.size for reading in self._readings.values())
         self.tokens = sum(r.size // r.look.dtype.itemsize for r in self._readings.values() if r.look)
         self._compare()

@@ -23,7 +23,7 @@ from data_prep.verify_root import Root
 __all__ = ["Finding", "inspect", "verify"]
 
 Collect = Callable[[Verification], object]
-ROOT_FOLDERS = ("views", "tokenized", "heldout")
+ROOT_FOLDERS = ("views", "tokenized", "heldout", "tokens")
 USAGE = (
     "name a data root, a folder or manifest below views/, heldout/ or cache/, or a .bin/.idx pair by its prefix or either file"
 )
@@ -44,6 +44,8 @@ def inspect(path: Path, *, workers: int | None = None, progress: Progress | None
     verification = Verification(base, workers=workers or threads(), progress=progress or Silent(), full=full)
     collect(verification)
     verification.run()
+    if not verification.findings and not verification.files:
+        raise DataError(f"{path}: no record and no data there; {USAGE}")
     return verification
 
 
@@ -106,7 +108,7 @@ def _pair(prefix: Path) -> tuple[Path, Collect]:
     record = prefix.with_name(f"{prefix.name}.json")
     if _format(record).startswith("quarry."):
         base = folder.parent if folder.name == "tokens" else folder
-        return base, lambda v: Root(base, v).tokens(record)
+        return base, lambda v: Root(base, v).tokens(record, inputs=v.full and folder.name != "tokens")
     return folder, lambda v: v.pair(prefix, PairRecord(record), vocab_size=None, eod_id=None)
 
 

@@ -22,6 +22,7 @@ from data_prep.verification import Digest, PairRecord, Verification
 from data_prep.verify_cache import check_cache
 from recipes.schema import describe
 
+CHANGED = "the text has changed since: `quarry prep` or `quarry tokenize`, run again, takes it anew"
 DELETE = "delete it; `quarry prep` deletes what it finds of its own"
 R = TypeVar("R", bound=Record)
 S = TypeVar("S", bound=Signed)
@@ -116,8 +117,8 @@ class Root:
 
     # --- tokens ----------------------------------------------------------------------------------------------------------------
 
-    def tokens(self, path: Path) -> None:
-        """Check the .bin/.idx pair beside `path`, a record as `quarry tokenize` writes it."""
+    def tokens(self, path: Path, *, inputs: bool = False) -> None:
+        """Check the .bin/.idx pair beside `path`, a record as `quarry tokenize` writes it; `inputs`: and the text that it names."""
         values = _values(path)
         if "bin" not in values:
             return self.v.find(path, "record", "one of tokens", "none, or one that cannot be read")
@@ -134,7 +135,24 @@ class Root:
         left = path.with_name(f"{path.stem}.shards")
         if left.exists():
             self.v.find(left, "folder of a running job", "none beside a record", "left by a run that was killed", DELETE)
+        if inputs:
+            self.v.later(partial(self._tokenized_inputs, path, values))
         return None
+
+    def _tokenized_inputs(self, path: Path, values: dict[str, Any]) -> None:
+        from data_prep.blocks import Piece
+        from data_prep.tokenize_files import piece_digest
+
+        files = [Path(file["path"]) for file in values.get("files", [])]
+        for number, file in enumerate(files):
+            if not file.is_file():
+                self.v.find(file, f"input, by {self.v.shown(path)}", "a file", "no such file", CHANGED)
+                continue
+            for was in (piece for shard in values.get("shards", []) for piece in shard if piece["file"] == number):
+                found = piece_digest(Piece(str(file), number, was["start"], was["end"]))
+                if found != was["xxh3"]:
+                    what = f"XXH3 of bytes {was['start']} to {was['end']}, recorded in {self.v.shown(path)}"
+                    self.v.find(file, what, was["xxh3"], found, CHANGED)
 
     def source(self, name: str) -> TokenizedRecord | None:
         """Check a tokenized source and its held-out documents, once."""
@@ -172,7 +190,7 @@ class Root:
                     Path(file.path),
                     Digest.of(file.record),
                     path,
-                    "the source's own file has changed: `quarry prep` takes it anew",
+                    CHANGED,
                 )
         return record
 

@@ -553,6 +553,12 @@ def test_the_output_of_tokenizing(prepared, tmp_path):
             flip(tmp_path / name, len(content) // 2 + 1)
         assert finding(verify(tmp_path / "out.idx"), name, what)
         (tmp_path / name).write_bytes(content)
+    assert verify(tmp_path / "out", full=True) == []
+    flip(tmp_path / "in.jsonl", 2000)
+    assert verify(tmp_path / "out") == []
+    assert "XXH3 of bytes 0 to " in finding(verify(tmp_path / "out", full=True), "in.jsonl").what
+    (tmp_path / "in.jsonl").unlink()
+    assert finding(verify(tmp_path / "out", full=True), "in.jsonl").found == "no such file"
     (tmp_path / "out.shards").mkdir()
     assert finding(verify(tmp_path / "out.bin"), "out.shards").found == "left by a run that was killed"
 
@@ -660,6 +666,9 @@ def test_usage(clean, tmp_path):
         verify(tmp_path / "nowhere")
     with pytest.raises(DataError, match="nothing to verify there"):
         verify(tmp_path)
+    (tmp_path / "views").mkdir()
+    with pytest.raises(DataError, match="no record and no data there"):
+        verify(tmp_path)
     with pytest.raises(DataError, match="--workers is 0"):
         verify_command.run(arguments(clean, workers=0))
 
@@ -676,7 +685,7 @@ def test_the_users_own_files_are_read_only_when_asked_for(prepared, tmp_path):
     prefix = tmp_path / "data" / "tokenized" / "web_a"
     assert verify(prefix) == []
     wrong = finding(verify(prefix, full=True), own)
-    assert "the source's own file has changed" in wrong.remedy
+    assert "the text has changed since" in wrong.remedy
 
 
 def test_heldout_counts(root):
