@@ -1,4 +1,4 @@
-"""The whole preparation, idempotent: corpus, tokenizer, tokens, held-out sets, views of every phase.
+"""The whole preparation, idempotent: text, cleaning, tokenizer, tokens, held-out sets, views of every phase.
 
 Each step looks at what its inputs are now and at the record of its last run; equal inputs and intact files are left alone, anything
 else is made again. Every file is written under a temporary name and records come last, so a killed run leaves nothing half true.
@@ -9,14 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_prep import corpus, plan, split, tokenizer, views
+from data_prep.concatenate import concatenate
 from data_prep.errors import DataError
-from data_prep.files import digest_of, exclusive_lock, remove_leftovers
+from data_prep.files import exclusive_lock, remove_leftovers
 from data_prep.heldout import build_heldout, current_heldout, heldout_inputs, tokens_needed
 from data_prep.indexed import bin_path
 from data_prep.manifest import TokenizerRecord
+from data_prep.overlap import refuse_overlaps, refuse_same_content
 from data_prep.progress import Progress, Silent
 from data_prep.records import TokenizedRecord
-from data_prep.sources import Content, build_builtin, content_of, threads
+from data_prep.sources import Content, build_builtin, content_of, source_paths, threads
 from data_prep.tokenize_files import tokenize_files
 from data_prep.tokenizer_step import make_tokenizer
 from recipes.schema import Recipe
@@ -35,9 +37,9 @@ def prepare(recipe: Recipe, *, progress: Progress | None = None) -> None:
     ):
         remove_leftovers(root)
         seen: dict[Path, str] = {}
-        build_builtin(recipe, root, progress, seen)
-        contents = {name: content_of(root, name, source) for name, source in recipe.data.sources.items()}
+        contents = _found(recipe, root, progress, seen)
         contents = _cleaned(recipe, root, contents, progress)
+        contents = _concatenated(recipe, root, contents, progress)
         given, description = make_tokenizer(recipe, root, contents, progress)
         records = {name: _tokens(recipe, root, name, contents[name], given, progress, seen) for name in recipe.data.sources}
         _heldout(recipe, root, records, description, progress, seen)
@@ -54,6 +56,10 @@ def check(recipe: Recipe) -> None:
             problems.append(f"{key}: the name becomes a file name; use letters, digits, '-' and '_'")
         if source.kind == "builtin" and source.builder not in corpus.BUILDERS:
             problems.append(f"{key}.builder is {source.builder!r}; the builders are {', '.join(sorted(corpus.BUILDERS))}")
+        if source.concatenate is not None and source.kind != "files":
+            problems.append(
+                f"{key}.concatenate is {source.concatenate}, the kind {source.kind}; only sources of kind files have repositories to join"
+            )
         if source.kind != "builtin" and not source.paths:
             problems.append(
                 f"{key}.paths is empty; name files or glob patterns (files), or one prefix without .bin/.idx (indexed)"
@@ -76,24 +82,29 @@ def check(recipe: Recipe) -> None:
 # --- text -----------------------------------------------------------------------------------------------------------------------
 
 
+def _found(recipe: Recipe, root: Path, progress: Progress, seen: dict[Path, str]) -> dict[str, Content]:
+    """The text of all sources as it is found; DataError where two sources share some of it."""
+    sources = recipe.data.sources
+    paths = {name: source_paths(name, source) for name, source in sources.items() if source.kind != "builtin"}
+    refuse_overlaps(recipe.data, paths)
+    build_builtin(recipe, root, progress, seen)
+    contents = {name: content_of(root, name, source) for name, source in sources.items()}
+    refuse_same_content({name: content.given for name, content in contents.items()})
+    return contents
+
+
 def _cleaned(recipe: Recipe, root: Path, contents: dict[str, Content], progress: Progress) -> dict[str, Content]:
     """The contents after data.cleaning; sources that come tokenized are as they are."""
     if recipe.data.cleaning is None:
         return contents
-    from data_prep.clean import SourceText, clean
+    from data_prep.clean import clean
+    from data_prep.clean.inputs import text_of
 
-    sources = recipe.data.sources
     texts = {
-        name: SourceText(
-            files=content.paths,
-            text_key=content.text_key,
-            digest=digest_of(content.identity),
-            carry=(sources[name].repository_key, sources[name].path_key) if sources[name].concatenate else (),
-        )
+        name: text_of(recipe, name, content)
         for name, content in contents.items()
-        if sources[name].kind != "indexed"
+        if recipe.data.sources[name].kind != "indexed"
     }
-    records = clean(recipe, root, texts, progress, threads())
     cleaned = {
         name: Content(
             paths=tuple(root / file.path for file in record.files),
@@ -102,9 +113,30 @@ def _cleaned(recipe: Recipe, root: Path, contents: dict[str, Content], progress:
             size_bytes=record.bytes,
             given=contents[name].given,
         )
-        for name, record in records.items()
+        for name, record in clean(recipe, root, texts, progress, threads()).items()
     }
     return contents | cleaned
+
+
+def _concatenated(recipe: Recipe, root: Path, contents: dict[str, Content], progress: Progress) -> dict[str, Content]:
+    """The contents with whole repositories as documents, where a source asks for that."""
+    joined = {}
+    for name, source in recipe.data.sources.items():
+        if source.concatenate is None:
+            continue
+        content, path = contents[name], root / "concatenated" / f"{name}.jsonl"
+        record = concatenate(
+            content.paths,
+            source,
+            path,
+            name=name,
+            identity=content.identity,
+            text_key=content.text_key,
+            workers=threads(),
+            progress=progress,
+        )
+        joined[name] = Content((path,), "text", record.file.sha256, record.text_bytes, content.given)
+    return contents | joined
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------------------
