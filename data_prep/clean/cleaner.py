@@ -27,7 +27,7 @@ from data_prep.errors import DataError
 from data_prep.files import digest_of, file_sha256, verify_file, write_bytes
 from data_prep.optional import need
 from data_prep.progress import Done, Progress
-from data_prep.tokenize import QUARANTINE_FREE_LINES, QUARANTINE_MAX_PERCENT
+from data_prep.tokenize_files import MAX_BAD_FREE, MAX_BAD_PERCENT
 from recipes.cleaning import Cleaning, NearDuplicates
 from recipes.schema import Recipe
 
@@ -138,9 +138,9 @@ class Job:
         if whole is None or whole.inputs != self.inputs:
             return None
         records = {}
-        for name, inputs in whole.sources.items():
+        for name in whole.priority:
             record = CleanRecord.read_if_valid(self.record_path(name))
-            if record is None or record.inputs != inputs or not intact(self.root, record):
+            if record is None or record.inputs != whole.sources[name] or not intact(self.root, record):
                 return None
             records[name] = record
         return records
@@ -263,10 +263,10 @@ class Job:
         for name, found in by_source.items():
             bad = sum(record.bad_lines for _, record in found)
             lines = bad + sum(record.documents_in + record.empty_documents for _, record in found)
-            if bad > QUARANTINE_FREE_LINES and bad > lines * QUARANTINE_MAX_PERCENT / 100:
+            if bad > MAX_BAD_FREE and bad > lines * MAX_BAD_PERCENT / 100:
                 first = next(self._quarantine(name), None)
                 raise DataError(
-                    f"source '{name}': {bad} of {lines} lines are bad, more than {QUARANTINE_MAX_PERCENT:g} %; the first: {first['file']}, "
+                    f"source '{name}': {bad} of {lines} lines are bad, more than {MAX_BAD_PERCENT:g} %; the first: {first['file']}, "
                     f"line {first['line']}: {first['reason']}; repair the files, or set data.sources.{name}.text_key to the key of the text"
                 )
             if lines == bad:
@@ -310,7 +310,10 @@ class Job:
         for name, record in records.items():
             record.write(self.record_path(name))
         DeduplicatedRecord(
-            inputs=self.inputs, sources={name: record.inputs for name, record in records.items()}, benchmarks=self._benchmarks()
+            inputs=self.inputs,
+            sources={name: record.inputs for name, record in records.items()},
+            priority=list(records),
+            benchmarks=self._benchmarks(),
         ).write(self.whole_path)
         shutil.rmtree(self.work.parent)
         return records

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,81 +85,118 @@ def _texts(record: Any, keys: list[str]) -> list[str]:
 
 @dataclass
 class Index:
-    """n-gram hashes of all items, one sorted array per length."""
+    """Runs of words of all items. A text of at least `ngram_words` words is in it with all runs of that length; a shorter one with its
+    first `min_item_words` words, and the hash of the whole to compare when these are found."""
 
-    names: list[tuple[str, str]] = field(default_factory=list)
+    ngram_words: int
+    min_item_words: int
+    names: list[tuple[str, str]]
     """(benchmark, item)"""
-    hashes: dict[int, np.ndarray] = field(default_factory=dict)
-    """Length in words -> uint64, sorted, each once."""
-    owners: dict[int, np.ndarray] = field(default_factory=dict)
-    """Length -> int64, index into `names` of the first item with that hash."""
-    too_short: dict[str, int] = field(default_factory=dict)
+    runs: np.ndarray
+    """uint64 hashes, ascending."""
+    owners: np.ndarray
+    """int64, for each run the place of its item in `names`."""
+    starts: np.ndarray
+    """uint64, ascending: hashes of the first words of short texts."""
+    wholes: np.ndarray
+    """Structured like WHOLE, for each of `starts`."""
+    too_short: dict[str, int]
     """Benchmark -> texts too short to be matched."""
 
     def write(self, path: Path) -> None:
-        arrays = {"names": np.frombuffer(json.dumps([self.names, self.too_short]).encode(), dtype=np.uint8)}
-        for n in self.hashes:
-            arrays |= {f"hashes_{n}": self.hashes[n], f"owners_{n}": self.owners[n]}
+        described = json.dumps([self.ngram_words, self.min_item_words, self.names, self.too_short]).encode()
         with atomic_write(path) as f:
-            np.savez(f, **arrays)
+            np.savez(
+                f,
+                described=np.frombuffer(described, dtype=np.uint8),
+                **{name: getattr(self, name) for name in ("runs", "owners", "starts", "wholes")},
+            )
 
     @classmethod
     def read(cls, path: Path) -> Index:
         with np.load(path, allow_pickle=False) as stored:
-            names, too_short = json.loads(stored["names"].tobytes())
-            lengths = [int(key.removeprefix("hashes_")) for key in stored.files if key.startswith("hashes_")]
-            return cls(
-                [(benchmark, item) for benchmark, item in names],
-                {n: stored[f"hashes_{n}"] for n in lengths},
-                {n: stored[f"owners_{n}"] for n in lengths},
-                too_short,
-            )
+            ngram_words, min_item_words, names, too_short = json.loads(stored["described"].tobytes())
+            arrays = {name: stored[name] for name in ("runs", "owners", "starts", "wholes")}
+        return cls(ngram_words, min_item_words, [(benchmark, item) for benchmark, item in names], too_short=too_short, **arrays)
+
+
+WHOLE = np.dtype([("hash", np.uint64), ("words", np.int64), ("owner", np.int64)])
 
 
 def build_index(config: Decontamination) -> Index:
     """Read all benchmarks; DataError for a missing or unreadable file."""
-    index = Index()
-    found: dict[int, list[tuple[np.ndarray, int]]] = {}
+    names: list[tuple[str, str]] = []
+    runs, owners = [np.empty(0, dtype=np.uint64)], [np.empty(0, dtype=np.int64)]
+    starts, wholes, too_short = [], [], {}
     for name, benchmark in config.benchmarks.items():
         for item, texts in items(name, benchmark):
-            index.names.append((name, item))
+            owner = len(names)
+            names.append((name, item))
             for text in texts:
                 hashes = word_hashes(text).exact
-                n = min(config.ngram_words, len(hashes))
-                if n < config.min_item_words:
-                    index.too_short[name] = index.too_short.get(name, 0) + 1
-                    continue
-                found.setdefault(n, []).append((ngram_hashes(hashes, n), len(index.names) - 1))
-    for n, parts in sorted(found.items()):
-        hashes = np.concatenate([part for part, _ in parts])
-        owners = np.concatenate([np.full(len(part), owner, dtype=np.int64) for part, owner in parts])
-        index.hashes[n], first = np.unique(hashes, return_index=True)
-        index.owners[n] = owners[first]
-    return index
+                if len(hashes) < config.min_item_words:
+                    too_short[name] = too_short.get(name, 0) + 1
+                elif len(hashes) < config.ngram_words:
+                    starts.append(ngram_hashes(hashes[: config.min_item_words], config.min_item_words)[0])
+                    wholes.append((ngram_hashes(hashes, len(hashes))[0], len(hashes), owner))
+                else:
+                    runs.append(ngram_hashes(hashes, config.ngram_words))
+                    owners.append(np.full(len(runs[-1]), owner, dtype=np.int64))
+    distinct, first = np.unique(np.concatenate(runs), return_index=True)
+    order = np.argsort(np.array(starts, dtype=np.uint64), kind="stable")
+    return Index(
+        config.ngram_words,
+        config.min_item_words,
+        names,
+        distinct,
+        np.concatenate(owners)[first],
+        np.array(starts, dtype=np.uint64)[order],
+        np.array(wholes, dtype=WHOLE)[order],
+        too_short,
+    )
 
 
 class Decontaminator:
-    """Finds the first run of words of a document that an index holds."""
+    """Finds runs of words of documents that an index holds, in many documents at once."""
 
     def __init__(self, index: Index):
         self.index = index
-        self._tables = {n: _table(hashes) for n, hashes in index.hashes.items()}
+        self._runs, self._starts = _table(index.runs), _table(index.starts)
 
-    def find(self, text: str) -> Hit | None:
-        """The hit that begins first, of the longest runs first."""
-        if not self._tables:
+    def find(self, texts: list[str], hashes: list[np.ndarray]) -> list[Hit | None]:
+        """For each text, whose words have these (exact) hashes, the first run that an item of a benchmark has, or None."""
+        index = self.index
+        joined = np.concatenate(hashes) if hashes else np.empty(0, dtype=np.uint64)
+        ends = np.cumsum([len(h) for h in hashes])
+        first: dict[int, tuple[int, int, int]] = {}  # document -> (place in `joined`, words, item)
+
+        def note(at: int, words: int, owner: int) -> None:
+            document = int(np.searchsorted(ends, at, side="right"))
+            if at + words <= ends[document] and (document not in first or at < first[document][0]):
+                first[document] = (at, words, owner)
+
+        grams = ngram_hashes(joined, index.ngram_words)
+        for at in np.flatnonzero(self._runs[grams & np.uint64(len(self._runs) - 1)]).tolist():
+            place = int(np.searchsorted(index.runs, grams[at]))
+            if place < len(index.runs) and index.runs[place] == grams[at]:
+                note(at, index.ngram_words, int(index.owners[place]))
+        if len(index.starts):
+            grams = ngram_hashes(joined, index.min_item_words)
+            for at in np.flatnonzero(self._starts[grams & np.uint64(len(self._starts) - 1)]).tolist():
+                low, high = (int(np.searchsorted(index.starts, grams[at], side=side)) for side in ("left", "right"))
+                for whole in index.wholes[low:high]:
+                    words = int(whole["words"])
+                    if at + words <= len(joined) and ngram_hashes(joined[at : at + words], words)[0] == whole["hash"]:
+                        note(at, words, int(whole["owner"]))
+        return [self._hit(text, number, first.get(number), ends) for number, text in enumerate(texts)]
+
+    def _hit(self, text: str, document: int, found: tuple[int, int, int] | None, ends: np.ndarray) -> Hit | None:
+        if found is None:
             return None
-        hashes = word_hashes(text).exact
-        for n in sorted(self._tables, reverse=True):
-            grams = ngram_hashes(hashes, n)
-            table = self._tables[n]
-            for at in np.flatnonzero(table[grams & np.uint64(len(table) - 1)]):
-                known = self.index.hashes[n]
-                place = int(np.searchsorted(known, grams[at]))
-                if place < len(known) and known[place] == grams[at]:
-                    benchmark, item = self.index.names[int(self.index.owners[n][place])]
-                    return Hit(benchmark, item, " ".join(plain_words(text)[at : at + n]))
-        return None
+        at, words, owner = found
+        at -= int(ends[document - 1]) if document else 0
+        benchmark, item = self.index.names[owner]
+        return Hit(benchmark, item, b" ".join(plain_words(text)[at : at + words]).decode())
 
 
 def _table(hashes: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Who runs the tasks of a stage: datatrove's executors, in this process, in a pool of processes, or as Slurm jobs.
+"""Who runs the tasks of a stage: datatrove's executors, in this process or in a pool of processes (as Slurm jobs: slurm.py).
 
 All mark finished tasks in `<work>/<stage>/completions`, so that a stage that was cut off goes on with the tasks that are missing, also
 when another executor takes over.
@@ -6,21 +6,17 @@ when another executor takes over.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import multiprocess
-from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
+from datatrove.executor import LocalPipelineExecutor
 from datatrove.executor.base import PipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
-
-from data_prep.clean.offline import OFFLINE
 
 PRELOADED = ["data_prep.clean.filtering", "data_prep.clean.applying"]
 """Imported once by the server that forks the workers, which then start in milliseconds."""
@@ -37,25 +33,12 @@ class Stage:
     """Of input; decides whether processes are worth starting."""
 
 
-@dataclass(frozen=True)
-class Slurm:
-    """What an array job of a stage asks for."""
-
-    partition: str
-    time: str = "24:00:00"
-    account: str | None = None
-    qos: str | None = None
-    tasks_at_once: int = 256
-    memory_gb: int = 8
-    """Of a task: a shard's text, its words and hashes many times over; measured below 2 GB for 32 MiB shards of web text."""
-
-
 POOL_MIN_BYTES = 4 << 20
 """Below it, a stage runs in this process: starting workers takes about as long as filtering this much."""
 
 
 class InProcess(PipelineExecutor):
-    """Tasks one after the other in this process; LocalPipelineExecutor starts a process even for one worker."""
+    """Tasks one after the other in this process, without logs; LocalPipelineExecutor starts a process even for one worker."""
 
     def __init__(self, pipeline: list[PipelineStep], tasks: int, logging_dir: str):
         super().__init__(pipeline, logging_dir)
@@ -65,24 +48,22 @@ class InProcess(PipelineExecutor):
     def world_size(self) -> int:
         return self.tasks
 
-    def get_distributed_env(self, node_rank: int = -1) -> dict[str, str]:
-        keys = ("node_ips", "cpus_per_task", "mem_per_cpu", "gpus_on_node")
-        return {**{f"datatrove_{key}": "-1" for key in keys}, "datatrove_executor": "LOCAL"}
+    def get_distributed_env(self, node_rank: int = -1) -> Any:
+        raise NotImplementedError("no environment is set for tasks of this process")
 
     def run(self) -> None:
-        pipeline = self.pipeline
         for rank in self.get_incomplete_ranks():
-            self.pipeline = deepcopy(pipeline)
-            self._run_for_rank(rank)
-        self.pipeline = pipeline
+            for step in self.pipeline:
+                step(None, rank, self.tasks)
+            self.mark_rank_as_completed(rank)
 
 
 class Pool(LocalPipelineExecutor):
     """datatrove's local executor, silent: its log would tear a progress bar, and an error reaches the caller anyway."""
 
-    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
+    def _launch_run_for_rank(self, rank: int, ranks_q: Any, completed: Any = None, completed_lock: Any = None) -> Any:
         with quiet():
-            return super()._run_for_rank(rank, local_rank, node_rank)
+            return super()._launch_run_for_rank(rank, ranks_q, completed, completed_lock)
 
 
 @contextmanager
@@ -116,41 +97,6 @@ def run_local(stage: Stage, work: Path, workers: int) -> None:
         multiprocess.set_start_method("forkserver", force=True)
         multiprocess.set_forkserver_preload(PRELOADED)
         Pool([stage.step], tasks=stage.tasks, workers=min(workers, stage.tasks), logging_dir=folder).run()
-
-
-def submit(stages: list[Stage], work: Path, slurm: Slurm, name: str) -> list[str]:
-    """Submit all stages, each after the one before succeeded; returns the job ids in order.
-
-    Each task is one CPU. Needs `sbatch`, and this installation and the data root on a file system that all nodes see.
-    """
-    jobs: list[str] = []
-    for stage in stages:
-        if is_complete(work, stage):
-            continue
-        executor = SlurmPipelineExecutor(
-            pipeline=[stage.step],
-            tasks=stage.tasks,
-            time=slurm.time,
-            partition=slurm.partition,
-            workers=slurm.tasks_at_once,
-            mem_per_cpu_gb=slurm.memory_gb,
-            job_name=f"{name}-{stage.name}",
-            qos=slurm.qos,
-            sbatch_args={"account": slurm.account} if slurm.account else {},
-            env_command="\n".join([*(f"export {key}={value}" for key, value in OFFLINE.items()), _environment()]),
-            logging_dir=str(work / stage.name),
-            depends_job_id=jobs[-1] if jobs else None,
-        )
-        with quiet():
-            executor.run()
-        jobs.append(str(executor.job_id))
-    return jobs
-
-
-def _environment() -> str:
-    """Shell line that gives a job this interpreter's commands and this code."""
-    code = Path(__file__).resolve().parents[2]
-    return f"export PATH={Path(sys.executable).parent}:$PATH PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}"
 
 
 def raise_open_files(wanted: int) -> int:

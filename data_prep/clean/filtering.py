@@ -19,11 +19,12 @@ from datatrove.pipeline.filters.base_filter import BaseFilter, get_filter_result
 from datatrove.pipeline.filters.c4_filters import CITATION_REGEX
 
 from data_prep.clean import filters
-from data_prep.clean.decontamination import Decontaminator, Index
+from data_prep.clean.decontamination import Decontaminator, Hit, Index
 from data_prep.clean.masking import Mask
 from data_prep.clean.minhash import Signatures, pack_signatures
 from data_prep.clean.records import PieceLines, ShardRecord, Tally
 from data_prep.clean.shards import LineCount, Shard, read_piece
+from data_prep.clean.words import WordHashes, word_hashes
 from data_prep.files import atomic_write, record_file, write_bytes
 from data_prep.text_files import BadLine
 from recipes.cleaning import Cleaning, Filters
@@ -32,6 +33,8 @@ ZSTD_LEVEL = 3
 """zstandard's default: a third of the size at a few hundred MB/s, far above the filters."""
 EXACT_HASH_BYTES = 16
 """128 bits: among 10^10 documents two different texts have the same hash with probability 10^-19."""
+BATCH_CHARACTERS = 1 << 18
+"""Decontaminated together: for short documents the calls cost more than the work."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def filter_shard(stage: FilterStage, shard: Shard) -> ShardRecord:
         work.open(stack)
         near = stage.cleaning.near_duplicates
         if near is not None and work.category not in near.exempt:
-            signatures = Signatures(near, signing)
+            signatures = Signatures(near, signing, work.hashes_of)
             signatures.run(work.kept(), rank=0)
             signed = pack_signatures(near, signing, filtered_path(stage.root, shard, "minhash"))
         else:
@@ -130,6 +133,7 @@ class _ShardWork:
         self.documents_in = self.bytes_in = self.bad_lines = self.empty = self.documents = self.bytes = 0
         self.pieces: list[PieceLines] = []
         self.exact, self.quarantine = bytearray(), bytearray()
+        self.hashes: WordHashes | None = None
 
     def open(self, stack: ExitStack) -> None:
         def packed(suffix: str) -> IO[bytes]:
@@ -140,20 +144,45 @@ class _ShardWork:
 
     def kept(self) -> Iterator[Document]:
         """Documents that stay, after they were written; everything else is counted and written on the way."""
-        exact = self.stage.cleaning.exact_duplicates
+        batch: list[tuple[Document, dict[str, Any]]] = []
+        size = 0
         for id, text, carried in self._documents():
             self.documents_in += 1
             self.bytes_in += _size(text)
             document = Document(text=text, id=id)
-            if not self._stays(document):
+            if self._passes(document):
+                batch.append((document, carried))
+                size += len(document.text)
+                if size >= BATCH_CHARACTERS:
+                    yield from self._rest_of(batch)
+                    batch, size = [], 0
+        yield from self._rest_of(batch)
+
+    def _rest_of(self, batch: list[tuple[Document, dict[str, Any]]]) -> Iterator[Document]:
+        """What follows the filters."""
+        exact = self.stage.cleaning.exact_duplicates
+        texts = [document.text for document, _ in batch]
+        hashes: list[WordHashes | None] = [None] * len(batch)
+        hits: list[Hit | None] = [None] * len(batch)
+        if self.decontaminator is not None:
+            hashes = [word_hashes(text) for text in texts]
+            hits = self.decontaminator.find(texts, [h.exact for h in hashes])
+        for (document, carried), hit, self.hashes in zip(batch, hits, hashes, strict=True):
+            if hit is not None:
+                self._remove("decontamination", document, hit.benchmark, f"{hit.item}: {hit.words}")
                 continue
+            self._mask(document)
             self.documents += 1
             self.bytes += _size(document.text)
-            self.kept_file.write(json_line({"id": id, "text": document.text, **carried}))
+            self.kept_file.write(json_line({"id": document.id, "text": document.text, **carried}))
             if exact is not None:
                 same = " ".join(document.text.split()) if exact.ignore_whitespace else document.text
                 self.exact += hashlib.blake2b(same.encode(), digest_size=EXACT_HASH_BYTES).digest()
             yield document
+
+    def hashes_of(self, text: str) -> WordHashes:
+        """Of the document that `kept` gave last."""
+        return self.hashes if self.hashes is not None else word_hashes(text)
 
     def _documents(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
         """(id, text, carried keys) of the shard's documents; bad lines go to the quarantine."""
@@ -179,8 +208,8 @@ class _ShardWork:
             if piece.stop is not None:
                 self.pieces.append(PieceLines(file=piece.shown, start_byte=piece.start, lines=count.lines))
 
-    def _stays(self, document: Document) -> bool:
-        """Run all steps on one document, changing its text; False when one of them removed it."""
+    def _passes(self, document: Document) -> bool:
+        """Run the filters on one document; they may change its text."""
         if not document.text.strip():
             self._remove("text", document, "blank")
             return False
@@ -194,18 +223,21 @@ class _ShardWork:
                 return False
             if document.text != before:
                 lines = removed_lines(before, document.text)
-                self._record({"id": document.id, "step": name, "reason": "lines", "kept": True, "text": lines})
-                self.tallies[name].changed(_size(before) - _size(document.text), ["lines"], document.id, lines)
-        if self.decontaminator is not None and (hit := self.decontaminator.find(document.text)) is not None:
-            self._remove("decontamination", document, hit.benchmark, f"{hit.item}: {hit.words}")
-            return False
-        if self.mask is not None:
-            before = document.text
-            document.text = self.mask.format(before)
-            if self.mask.kinds:
-                # No example: it would show what was masked.
-                self.tallies["masking"].changed(_size(before) - _size(document.text), self.mask.kinds, document.id, "")
+                if lines.strip():
+                    self._record({"id": document.id, "step": name, "reason": "lines", "kept": True, "text": lines})
+                reason = "lines" if lines.strip() else "white_space"
+                self.tallies[name].changed(_size(before) - _size(document.text), [reason], document.id, lines.strip())
         return True
+
+    def _mask(self, document: Document) -> None:
+        if self.mask is None:
+            return
+        before = document.text
+        document.text = self.mask.format(before)
+        if self.mask.kinds:
+            self.hashes = None
+            # No example: it would show what was masked.
+            self.tallies["masking"].changed(_size(before) - _size(document.text), self.mask.kinds, document.id, "")
 
     def _remove(self, step: str, document: Document, reason: str, detail: str | None = None) -> None:
         self.tallies[step].removed(_size(document.text), reason, document.id, document.text, detail)

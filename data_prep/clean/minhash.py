@@ -8,6 +8,7 @@ stays: datatrove keeps the root of a union by size, which no rule describes.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets, MinhashDedupSignature
 from datatrove.utils.hashing import HashConfig
 
-from data_prep.clean.words import ngram_hashes, splitter, word_hashes
+from data_prep.clean.words import WordHashes, ngram_hashes, splitter, word_hashes
 from data_prep.files import atomic_write
 from recipes.cleaning import NearDuplicates
 
@@ -36,15 +37,16 @@ def datatrove_config(config: NearDuplicates) -> MinhashConfig:
 
 
 class Signatures(MinhashDedupSignature):
-    """datatrove's first MinHash step over documents as they come."""
+    """datatrove's first MinHash step over documents as they come; `hashes_of` may know the hashes of a document's words already."""
 
-    def __init__(self, config: NearDuplicates, folder: Path):
+    def __init__(self, config: NearDuplicates, folder: Path, hashes_of: Callable[[str], WordHashes] = word_hashes):
         super().__init__(str(folder), datatrove_config(config), language=splitter())
         self._number_blind = config.normalise_numbers
+        self._hashes_of = hashes_of
 
     def get_shingles(self, text: str) -> np.ndarray:
         """uint64 [n-grams]"""
-        hashes = word_hashes(text)
+        hashes = self._hashes_of(text)
         return ngram_hashes(hashes.number_blind if self._number_blind else hashes.exact, self.config.n_grams)
 
     def get_signature(self, shingles: np.ndarray) -> list[list[int]]:

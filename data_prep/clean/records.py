@@ -113,7 +113,9 @@ class DeduplicatedRecord(Record):
 
     format: Literal["quarry.cleaning/1"] = "quarry.cleaning/1"
     sources: dict[str, Sha256]
-    """Source, best first -> `inputs` of its CleanRecord."""
+    """Source -> `inputs` of its CleanRecord."""
+    priority: list[str]
+    """Sources, best first."""
     benchmarks: dict[str, dict[str, Count]]
     """Benchmark -> items, and texts too short to be matched."""
 

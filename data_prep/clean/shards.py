@@ -75,7 +75,8 @@ def plan_shards(sources: dict[str, SourceText], root: Path) -> list[Shard]:
         groups: list[list[Piece]] = []
         open_bytes = 0
         for path in text.files:
-            shown = str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+            below = path.absolute().is_relative_to(root.absolute())
+            shown = str(path.absolute().relative_to(root.absolute())) if below else str(path)
             if factor[path] == 1 and sizes[path] > target:
                 groups += [[Piece(path, shown, start, stop)] for start, stop in _ranges(path, sizes[path], target)]
                 open_bytes = 0
@@ -118,7 +119,7 @@ class LineCount:
 
 
 def read_piece(piece: Piece, text_key: str, columns: tuple[str, ...], count: LineCount) -> Iterator[Text | BadLine]:
-    """Documents and bad lines of a piece; line numbers of a byte range count from its start (`first_lines` gives the rest)."""
+    """Documents and bad lines of a piece; line numbers of a byte range count from its start (cleaner.Job adds the lines before)."""
     if piece.stop is None:
         yield from read_documents(piece.path, text_key, piece.shown, columns=columns)
         return

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ UNSPACED = (
 _UNSPACED = re.compile(f"[{UNSPACED}]")
 _WORD = re.compile(r"\w+(?:['’\-]\w+)*|[^\w\s]+")
 _SENTENCE_END = re.compile(r"[.!?…]+[\"'”’»)\]]*(?=\s|$)|[。！？]+[」』”’）]*")
-_DIGITS = re.compile(r"\d+")
+_DIGITS = re.compile(rb"[0-9]+")
 VOCABULARY_WORDS = 200_000
 """Distinct words whose hashes are remembered, about 40 MB; then it starts anew (with the same hashes)."""
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -67,24 +67,24 @@ def splitter() -> Any:
 
 
 @cache
-def _normalisations() -> tuple[Any, Any, Any]:
-    from datatrove.utils.text import TextNormConfig, simplify_text
+def _normalisation() -> tuple[Any, Any, bytes]:
+    from datatrove.utils.text import PUNCTUATION_TRANS, TextNormConfig, simplify_text
 
-    # White space is left to split(), numbers to number_blind; without accents there are none to take off.
-    ascii_only = TextNormConfig(norm_whitespace=False, norm_numbers=False, norm_unicode_diacritics=False)
-    return simplify_text, ascii_only, TextNormConfig(norm_whitespace=False, norm_numbers=False)
+    # Of ASCII text its normalisation is a table: lower case, and a space for each sign and control character.
+    table = bytes(ord(chr(byte).lower().translate(PUNCTUATION_TRANS)) if byte < 128 else byte for byte in range(256))
+    return simplify_text, TextNormConfig(norm_numbers=False), table
 
 
-def plain_words(text: str) -> list[str]:
-    """Words for comparing documents: lower case, without punctuation and accents (datatrove's normalisation)."""
-    simplify, ascii_only, full = _normalisations()
+def plain_words(text: str) -> list[bytes]:
+    """Words for comparing documents, in UTF-8: lower case, without punctuation and accents (datatrove's normalisation)."""
+    simplify, config, table = _normalisation()
     if text.isascii():
-        return simplify(text, ascii_only).split()
-    simple = simplify(text, full)
-    return (_UNSPACED.sub(r" \g<0> ", simple) if _UNSPACED.search(simple) else simple).split()
+        return text.encode().translate(table).split()
+    simple = simplify(text, config)
+    return (_UNSPACED.sub(r" \g<0> ", simple) if _UNSPACED.search(simple) else simple).encode().split()
 
 
-class _Vocabulary(dict[str, int]):
+class _Vocabulary(dict[bytes, int]):
     """Word -> its place in the two arrays of hashes, which grow with each new word; looking up known words is all C."""
 
     def __init__(self) -> None:
@@ -92,11 +92,11 @@ class _Vocabulary(dict[str, int]):
         self.hashes = np.empty((2, 4096), dtype=np.uint64)
         """Rows: exact, blind to numbers."""
 
-    def __missing__(self, word: str) -> int:
+    def __missing__(self, word: bytes) -> int:
         place = self[word] = len(self)
         if place == self.hashes.shape[1]:
             self.hashes = np.concatenate([self.hashes, np.empty_like(self.hashes)], axis=1)
-        self.hashes[:, place] = _hash(word), _hash(_DIGITS.sub("0", word))
+        self.hashes[:, place] = _hash(word), _hash(_DIGITS.sub(b"0", word))
         return place
 
 
@@ -112,9 +112,7 @@ class WordHashes:
     """Runs of digits count as the same."""
 
 
-@lru_cache(maxsize=1)
 def word_hashes(text: str) -> WordHashes:
-    """Of the last text they are remembered: decontamination and MinHash ask for the same ones."""
     global _vocabulary
     if len(_vocabulary) > VOCABULARY_WORDS:
         _vocabulary = _Vocabulary()
@@ -123,8 +121,8 @@ def word_hashes(text: str) -> WordHashes:
     return WordHashes(exact[places], number_blind[places])
 
 
-def _hash(word: str) -> int:
-    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
+def _hash(word: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(word, digest_size=8).digest(), "little")
 
 
 @cache

@@ -1,0 +1,134 @@
+"""`quarry clean`: clean the text of a recipe's sources and show what each step took."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launchers.recipe_arguments import add_recipe_arguments
+
+if TYPE_CHECKING:
+    from recipes.schema import Recipe
+
+EPILOG = """examples:
+  quarry clean curriculum=smoke                                  clean the built-in corpus below data.root, print the funnel
+  quarry clean data/cleaning=granite_4_1                         another configuration of recipes/data/cleaning
+  quarry clean data.cleaning.filters.web.c4=null                 without one filter
+  quarry clean data.cleaning.near_duplicates.buckets=20          more hashes, a lower threshold
+  quarry clean --tokenizer data/tokenizer/granite-4.1            count tokens too, with a tokenizer that exists
+  quarry clean --slurm cluster.options.partition=cpu             submit it as array jobs; run `quarry clean` again when they are done
+
+Only what a changed text or configuration makes necessary is done again; run it again after anything. `quarry prep` cleans too.
+The report is <data.root>/clean/funnel.md, .json and .png; what was removed lies beside it, with its reason.
+Exit code 2: refused, with the reason and a remedy.
+"""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser(
+        "clean",
+        help="clean the text of a recipe's sources, and show what each step took",
+        description="Filter, decontaminate, mask and deduplicate the text of all sources of a recipe.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_recipe_arguments(parser, "curriculum=smoke")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes (default: all cores); the output does not depend on it"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="count tokens with this .model file or tokenizer folder (default: data.tokenizer.path, or the one trained in data.root)",
+    )
+    parser.add_argument(
+        "--slurm", action="store_true", help="submit the stages as Slurm array jobs instead of running them here"
+    )
+    parser.add_argument("--memory-gb", type=int, default=8, metavar="GB", help="memory of a Slurm task (default: 8)")
+    parser.add_argument("--tasks-at-once", type=int, default=256, metavar="N", help="Slurm tasks at a time (default: 256)")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0; RecipeError or DataError (exit code 2) when recipe or data are refused."""
+    from data_prep.clean.cleaner import clean
+    from data_prep.clean.inputs import source_texts
+    from data_prep.files import exclusive_lock
+    from data_prep.progress import Shown
+    from data_prep.sources import threads
+    from recipes.compose import compose
+
+    recipe = compose(args.overrides, args.config_dir)
+    root, progress = Path(recipe.data.root), Shown()
+    workers = args.workers or threads()
+    with exclusive_lock(
+        root / ".lock", lambda holder: progress.message(f"waiting for process {holder}, which prepares {root}")
+    ):
+        inputs = source_texts(recipe, root, progress)
+        if args.slurm and _submitted(args, recipe, root, inputs):
+            return 0
+        clean(recipe, root, inputs, progress, workers)
+        _show(recipe, root, args.tokenizer, workers)
+    return 0
+
+
+def _submitted(args: argparse.Namespace, recipe: Recipe, root: Path, inputs: Any) -> bool:
+    """Submit what is missing and say so; False when nothing is."""
+    from data_prep.clean.slurm import Slurm, submit
+
+    options = recipe.cluster.options
+    jobs = submit(
+        recipe,
+        root,
+        inputs,
+        Slurm(
+            partition=options.get("partition"),
+            account=options.get("account"),
+            time=options.get("time") or Slurm.time,
+            tasks_at_once=args.tasks_at_once,
+            memory_gb=args.memory_gb,
+        ),
+    )
+    for stage, job in jobs:
+        print(f"{stage:<10} job {job}")
+    if jobs:
+        print(
+            "submitted; run the same command again, without --slurm, when the last job is done: it writes the records and the report"
+        )
+    return bool(jobs)
+
+
+def _show(recipe: Recipe, root: Path, tokenizer: Path | None, threads: int) -> None:
+    """Write the report and print its table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from data_prep.clean.funnel import funnel_rows, write_funnel
+
+    paths = write_funnel(recipe, root, _tokenizer(recipe, root, tokenizer), threads=threads)
+    headings, rows = funnel_rows(paths["json"])
+    table = Table(title=f"{recipe.data.cleaning.name}: documents in, removed by each step, and out", title_justify="left")
+    for heading in headings:
+        table.add_column(
+            heading.replace("_", " "), justify="left" if heading == "source" else "right", no_wrap=heading == "source"
+        )
+    for row in rows[:-1]:
+        table.add_row(*row)
+    table.add_section()
+    table.add_row(*rows[-1])
+    Console(width=None if Console().is_terminal else 160).print(table)
+    print(f"report    {paths['md']}\npicture   {paths['png']}")
+
+
+def _tokenizer(recipe: Recipe, root: Path, given: Path | None) -> Any:
+    """The tokenizer to count with, or None where there is none yet."""
+    from data_prep.tokenizer import load_tokenizer
+
+    spec = recipe.data.tokenizer
+    if given is not None:
+        return load_tokenizer(given, "huggingface" if given.is_dir() else "sentencepiece")
+    trained = root / "tokenizer" / "tokenizer.model" if spec.kind == "sentencepiece" else root / "tokenizer"
+    path = Path(spec.path) if spec.path is not None else trained
+    return load_tokenizer(path, spec.kind) if path.exists() else None
