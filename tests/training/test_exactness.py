@@ -14,6 +14,8 @@ import time
 
 import pytest
 
+from data_prep.index_caches import cache_path, verify_cache
+from data_prep.manifest import MixtureManifest, mixture_path
 from tests.training.factory import STEPS, make_data, make_recipe, start, start_stage
 from training.stage import run_torchrun
 
@@ -218,6 +220,18 @@ def test_the_gate_notices_a_model_that_is_not_the_one_handed_off(base):
     assert start_stage(run, "second") == 78
     assert "the held-out loss is not the one that 'first' handed off" in (run / "log.txt").read_text()
     assert not (run / "stages" / "second" / "metrics.jsonl").exists()
+
+
+def test_no_layout_built_an_index(base, undisturbed):
+    """The caches that were built ahead served them all: not one file came, went or changed."""
+    for layout in LAYOUTS:
+        undisturbed(layout)
+        assert "index cache: 11 files, 0.0 MB, verified, none built" in (base / f"undisturbed-{layout}" / "log.txt").read_text()
+    for phase in ("first", "second"):
+        manifest = MixtureManifest.read(mixture_path(base / "data", phase))
+        record = verify_cache(base / "data", manifest, full=True)
+        assert [path.name for path in (base / "data" / "cache" / phase).iterdir()] == [manifest.digest[:16]]
+        assert {path.name for path in cache_path(base / "data", manifest).iterdir()} == {*record.files, "record.json"}
 
 
 def wait_for_step(run, step, process):

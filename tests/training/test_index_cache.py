@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -217,6 +218,20 @@ def test_two_builders_take_turns(root):
     assert [process.returncode for process in both] == [0, 0]
     assert sum("2 built" in output for output in outputs) == 1, outputs
     assert sum("0 built" in output for output in outputs) == 1, outputs
+
+
+def test_no_more_phases_at_once_than_fit_into_memory(monkeypatch):
+    import psutil
+
+    from training import index_cache
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=200))
+    assert index_cache._workers_that_fit([40, 30, 20, 10]) == 4
+    assert index_cache._workers_that_fit([60, 50, 30]) == 1
+    assert index_cache._workers_that_fit([60, 40, 30]) == 2
+    assert index_cache._workers_that_fit([1000]) == 1
+    assert index_cache._workers_that_fit([1] * 20) == 8
 
 
 # --- training starts ---------------------------------------------------------------------------------------------------------------
