@@ -186,19 +186,44 @@ def rounds(chosen: list[Peer], repetitions: int, slow_repetitions: int) -> list[
     return order
 
 
-def measure_all(chosen: list[Peer], work: Path, repetitions: int, slow_repetitions: int) -> None:
+def measure_startup(chosen: list[Peer], short: list[Peer | str], work: Path) -> None:
+    """Run each chosen program once on a few lines (`short`: the same programs on these)."""
+    by_name = {peer.name: peer for peer in short if isinstance(peer, Peer)}
+    for peer in chosen:
+        print(f"start-up of {peer.name} ...", file=sys.stderr)
+        try:
+            peer.startup = run(by_name[peer.name], work)
+        except CommandFailed:
+            if peer.name == QUARRY:
+                raise  # a peer fails again on the whole corpus, and is left out there
+
+
+def measure_all(chosen: list[Peer], work: Path, repetitions: int, slow_repetitions: int) -> list[str]:
+    """Run everyone in turn. A peer that fails is left out from then on, with a line that is returned; CommandFailed when Quarry fails."""
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False)
     order = rounds(chosen, repetitions, slow_repetitions)
+    failed: dict[str, str] = {}
     for number, peer in enumerate(order, 1):
-        with console.status(f"[{number}/{len(order)}] {peer.name} ...".replace("[", "\\[")):
-            peer.runs.append(run(peer, work))
+        if peer.name in failed:
+            continue
+        with console.status(f"{number}/{len(order)} {peer.name} ..."):
+            try:
+                peer.runs.append(run(peer, work))
+            except CommandFailed as error:
+                if peer.name == QUARRY:
+                    raise
+                failed[peer.name] = f"{peer.name}: left out, it failed: {error}"
+                console.print(failed[peer.name], markup=False, soft_wrap=True)
+                continue
         last = peer.runs[-1]
         console.print(
             f"{number:3}/{len(order)}  {peer.name:<24} {last.wall_seconds:8.2f} s  {last.peak_rss_bytes / 1e6:7.0f} MB",
             markup=False,
         )
+    chosen[:] = [peer for peer in chosen if peer.name not in failed]
+    return [line.splitlines()[0] for line in failed.values()]
 
 
 def compare(chosen: list[Peer]) -> bool | None:
@@ -398,13 +423,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not options.no_startup:
             small = startup_corpus(corpus, work, workers)
-            for short in peers(small, tokenizer, megatron, small.path.parent, workers, end):
-                for peer in chosen:
-                    if isinstance(short, Peer) and short.name == peer.name:
-                        print(f"start-up of {peer.name} ...", file=sys.stderr)
-                        peer.startup = run(short, small.path.parent)
+            measure_startup(chosen, list(peers(small, tokenizer, megatron, small.path.parent, workers, end)), small.path.parent)
         started = time.time()
-        measure_all(chosen, work, options.repetitions, options.slow_repetitions)
+        left_out += measure_all(chosen, work, options.repetitions, options.slow_repetitions)
     except CommandFailed as error:
         print(error, file=sys.stderr)
         return 2

@@ -111,6 +111,18 @@ def test_everyone_runs_as_often_as_asked_and_the_first_one_changes():
     ]
 
 
+def test_a_peer_that_fails_is_left_out_and_quarry_may_not(tmp_path):
+    def program(name, code):
+        return benchmark.Peer(name, [sys.executable, "-c", code], dict(os.environ), [])
+
+    chosen = [program(benchmark.QUARRY, "pass"), program(benchmark.FAST, "raise SystemExit('broken')")]
+    (line,) = benchmark.measure_all(chosen, tmp_path, 2, 2)
+    assert line.startswith("preprocess_data_fast.py: left out, it failed: exit code 1")
+    assert [(p.name, len(p.runs)) for p in chosen] == [(benchmark.QUARRY, 2)]
+    with pytest.raises(CommandFailed, match="exit code 5"):
+        benchmark.measure_all([program(benchmark.QUARRY, "raise SystemExit(5)")], tmp_path, 1, 1)
+
+
 def test_missing_peers_are_named(tmp_path):
     corpus = benchmark.Corpus(tmp_path / "corpus.jsonl", 1, 1, tmp_path)
     listed = list(benchmark.peers(corpus, tmp_path, None, tmp_path, 2, "<|end_of_text|>"))
