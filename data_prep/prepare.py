@@ -42,6 +42,7 @@ def prepare(recipe: Recipe, *, progress: Progress | None = None) -> None:
         contents = _concatenated(recipe, root, contents, progress)
         given, description = make_tokenizer(recipe, root, contents, progress)
         records = {name: _tokens(recipe, root, name, contents[name], given, progress, seen) for name in recipe.data.sources}
+        _funnel(recipe, root, given, records)
         _heldout(recipe, root, records, description, progress, seen)
         _views(recipe, root, records, description, progress, seen)
 
@@ -190,6 +191,20 @@ def _tokens(
             on_bytes=done,
             **counts,
         )
+
+
+def _funnel(recipe: Recipe, root: Path, given: tokenizer.Tokenizer, records: dict[str, TokenizedRecord]) -> None:
+    """The report of the cleaning, which counts tokens and so comes after them."""
+    if recipe.data.cleaning is None:
+        return
+    from data_prep.clean.funnel import write_funnel
+
+    kept = {
+        name: record.tokens + record.heldout_tokens - record.documents - record.heldout_documents  # without end tokens
+        for name, record in records.items()
+        if recipe.data.sources[name].concatenate is None  # otherwise tokens of headings are among them
+    }
+    write_funnel(recipe, root, given, threads=threads(), kept_tokens=kept)
 
 
 # --- held-out sets and views -----------------------------------------------------------------------------------------------------

@@ -71,6 +71,8 @@ def write_funnel(
     report = funnel(recipe, whole, records, tokens, None if tokenizer is None else tokenizer.digest)
     folder = root / "clean"
     paths = {suffix: folder / f"funnel.{suffix}" for suffix in ("json", "md", "png")}
+    if all(path.is_file() for path in paths.values()) and json.loads(paths["json"].read_bytes()) == report:
+        return paths  # drawing takes a second
     write_json(paths["json"], report)
     write_bytes(paths["md"], markdown(report).encode())
     from data_prep.clean.picture import draw
