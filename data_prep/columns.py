@@ -56,6 +56,11 @@ class Columns:
     """int64, bytes"""
 
 
+def open_lengths(path: Path) -> Column:
+    """Lengths of the sequences of an .idx, int32 [S]; DataError as Index.map."""
+    return Column(path, np.dtype("<i4"), len(Index.map(path).lengths), HEADER_BYTES)
+
+
 def open_columns(path: Path) -> Columns:
     """The columns of an .idx; DataError as Index.map, and where documents have several sequences."""
     index = Index.map(path)
@@ -65,5 +70,4 @@ def open_columns(path: Path) -> Columns:
             f"{path}: {index.documents} documents in {count} sequences, a view needs one sequence per document; prepare the source again "
             f"with `quarry prep`"
         )
-    lengths = Column(path, np.dtype("<i4"), count, HEADER_BYTES)
-    return Columns(index.dtype, lengths, Column(path, np.dtype("<i8"), count, HEADER_BYTES + 4 * count))
+    return Columns(index.dtype, open_lengths(path), Column(path, np.dtype("<i8"), count, HEADER_BYTES + 4 * count))

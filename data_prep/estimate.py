@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import corpus
+from data_prep.columns import Column, open_lengths
 from data_prep.errors import DataError
-from data_prep.indexed import Index, idx_path
+from data_prep.indexed import idx_path
 from data_prep.sources import corpus_path, source_paths
 from data_prep.text_files import DamagedFile, Text, chunks, is_parquet, parquet_rows, parse_line
 from data_prep.tokenizer import Tokenizer, load_tokenizer
@@ -25,6 +26,8 @@ SAMPLED_FILES = 4
 """Evenly spaced over a source's files, first and last included."""
 SAMPLED_BYTES = 1 << 18
 """Text of one file that is looked at; a first document that is longer is read whole."""
+UNPACKED_BYTES = 2 << 20
+"""Unpacked to learn what a byte of a packed file comes to; unpackers hold back a block of 128 KiB, a sixteenth of this."""
 BUILT_BYTES = 1 << 16
 """Text of a builder that has not run yet; building takes longer than reading."""
 TOKENIZED_BYTES = 1 << 16
@@ -65,12 +68,12 @@ class Estimator:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.root = recipe, Path(recipe.data.root)
 
-    def lengths(self, name: str) -> np.ndarray | Estimate:
+    def lengths(self, name: str) -> Column | Estimate:
         """Document lengths that stand for a source that is not tokenized; DataError where nothing can be known of it."""
         source = self.recipe.data.sources[name]
         if source.kind == "indexed":
             source_paths(name, source)  # refuses what is missing
-            return Index.map(idx_path(Path(source.paths[0]))).lengths
+            return open_lengths(idx_path(Path(source.paths[0])))
         found = self._sample(name, source)
         sizes = np.array([len(text.encode()) for text in found.texts], dtype=np.float64)
         if not len(sizes) or not sizes.sum():
@@ -151,7 +154,7 @@ def _sample_lines(path: Path, source: Source) -> tuple[list[Text], float]:
     try:
         for piece in chunks(path, lambda data: raw.append(len(data))):
             # All that one read of the file unpacks to, or the ratio would be wrong.
-            if sum(raw) > read_bytes > 0 and len(head) >= SAMPLED_BYTES and b"\n" in head:
+            if sum(raw) > read_bytes > 0 and len(head) >= UNPACKED_BYTES and b"\n" in head:
                 break
             read_bytes = sum(raw)
             head += piece

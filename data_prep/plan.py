@@ -103,8 +103,8 @@ class Plan:
 def plan(recipe: Recipe, lengths_of: Callable[[str], np.ndarray], *, workers: int = 1) -> dict[str, dict[str, Draw]]:
     """Phase -> source -> Draw for the whole curriculum; DataError with all refusals, one a line, before anything is written.
 
-    `lengths_of(source)` gives the document lengths in tokens, int [N], of a tokenized source; a column of a file will do. With several
-    `workers` large plans are made by as many processes, and `lengths_of` has to be picklable.
+    `lengths_of(source)` gives the document lengths in tokens, int [N], of a tokenized source, or a column of a file. With several `workers`
+    large plans are made by as many processes.
     """
     made = make_plan(recipe, lengths_of, workers=workers)
     if made.problems:
@@ -130,7 +130,7 @@ def make_plan(
             recipe.seed,
             tuple(phase[name].need for phase in wanted.values() if name in phase),
             data.max_epochs,
-            lengths_of,
+            lengths_of(name),
         )
         for name in data.sources
         if name not in unknown
@@ -221,7 +221,8 @@ class _Task:
     seed: int
     needs: tuple[Need, ...]
     max_epochs: float
-    lengths_of: Callable[[str], np.ndarray]
+    lengths: np.ndarray
+    """Or what is sliced like one; for large sources a column of a file, which is sent to a process by its name."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ class _Dealt:
 
 
 def _deal_source(task: _Task) -> _Dealt:
-    lengths = task.lengths_of(task.source)
+    lengths = task.lengths
     times = getattr(lengths, "stands_for", 1)  # an estimate's documents stand for several (data_prep/estimate.py)
     dealer = Dealer(task.source, lengths, task.seed, [replace(need, tokens=-(-need.tokens // times)) for need in task.needs])
     long_tokens = {
@@ -268,7 +269,7 @@ def _hopeless(tokens: int, long_tokens: dict[int, int], task: _Task) -> int | No
 
 
 def _deal_all(tasks: list[_Task], workers: int) -> list[_Dealt]:
-    if workers > 1 and sum(len(task.lengths_of(task.source)) for task in tasks) >= PARALLEL_DOCUMENTS:
+    if workers > 1 and sum(len(task.lengths) for task in tasks) >= PARALLEL_DOCUMENTS:
         # spawn: the caller may have threads, which fork does not survive
         with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=multiprocessing.get_context("spawn")) as pool:
             return list(pool.map(_deal_source, tasks))

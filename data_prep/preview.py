@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from data_prep import corpus, views
+from data_prep.columns import Column
 from data_prep.errors import DataError
 from data_prep.estimate import Estimate, Estimator
 from data_prep.indexed import idx_path
@@ -77,7 +76,7 @@ def preview(recipe: Recipe, *, workers: int = 1) -> Preview:
     except DataError as error:
         problems += str(error).split("\n")
     paths: dict[str, list[Path]] = {}
-    lengths: dict[str, np.ndarray | Estimate] = {}
+    lengths: dict[str, Column | Estimate] = {}
     estimated: set[str] = set()
     estimator = Estimator(recipe)
     for name, source in recipe.data.sources.items():
@@ -103,7 +102,7 @@ def preview(recipe: Recipe, *, workers: int = 1) -> Preview:
     )
 
 
-def _tokenized_lengths(root: Path, name: str) -> np.ndarray | None:
+def _tokenized_lengths(root: Path, name: str) -> Column | None:
     record = TokenizedRecord.read_if_valid(root / "tokenized" / f"{name}.json")
     known = record is not None and idx_path(root / "tokenized" / name).is_file()
     return views.source_lengths(root, name) if known else None
