@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -66,12 +67,12 @@ def build_heldout(
     categories: dict[str, HeldoutSet] = {}
     for category in sorted({source.category for source in data.sources.values()}):
         members = sorted(name for name, source in data.sources.items() if source.category == category)
-        documents = _documents(data_root, members)
+        documents, held_out = _documents(data_root, members, max(data.heldout_max_tokens, tokens_needed(data)))
         chosen = _choose(documents, data)
         total = sum(map(len, chosen))
         if total < tokens_needed(data):
             raise DataError(
-                f"category '{category}': {total} held-out tokens in {len(documents)} documents of {', '.join(members)}, an evaluation reads "
+                f"category '{category}': {total} held-out tokens in {held_out} documents of {', '.join(members)}, an evaluation reads "
                 f"{tokens_needed(data)} (data.heldout_batch_samples * data.heldout_seq_length_tokens + 1); raise data.heldout_percent "
                 f"(now {data.heldout_percent:g}) or data.heldout_max_tokens (now {data.heldout_max_tokens}), or give the category more data"
             )
@@ -98,15 +99,30 @@ def build_heldout(
     return manifest
 
 
-def _documents(data_root: Path, sources: list[str]) -> list[np.ndarray]:
-    """Held-out documents of the sources, each text once, in the order of their hash."""
-    found: dict[bytes, np.ndarray] = {}
+def _documents(data_root: Path, sources: list[str], enough_tokens: int) -> tuple[list[np.ndarray], int]:
+    """Held-out documents of the sources, each text once, in the order of their hash, and how many there are.
+
+    Only as many are kept as fill `enough_tokens` when each gives at most its share (CUTS): a billion may be held out.
+    """
+    share = max(1, enough_tokens // CUTS[0])
+    kept: dict[bytes, np.ndarray] = {}
+    largest: list[tuple[int, bytes]] = []  # a heap: the negative hash, so that the largest comes first
+    seen = tokens_kept = 0
     for name in sources:
         reader = Reader(data_root / "tokenized" / f"{name}.heldout")
+        seen += len(reader)
         for number in range(len(reader)):
             tokens = reader[number]
-            found.setdefault(hashlib.sha256(tokens.tobytes()).digest(), tokens)
-    return [found[key] for key in sorted(found)]
+            key = hashlib.sha256(tokens.tobytes()).digest()
+            if key in kept:
+                continue
+            kept[key] = tokens
+            heapq.heappush(largest, (-int.from_bytes(key, "big"), key))
+            tokens_kept += min(len(tokens), share)
+            while tokens_kept - (last := min(len(kept[largest[0][1]]), share)) >= enough_tokens:
+                del kept[heapq.heappop(largest)[1]]
+                tokens_kept -= last
+    return [kept[key] for key in sorted(kept)], seen
 
 
 def _choose(documents: list[np.ndarray], data: Data) -> list[np.ndarray]:
