@@ -27,8 +27,9 @@ def test_commands_run(number, tmp_path):
 
 
 def test_there_are_blocks_to_run():
-    assert len(BLOCKS) == 2
-    assert "--config-dir" in BLOCKS[1]
+    assert len(BLOCKS) == 3
+    assert "quarry verify" in BLOCKS[1]
+    assert "--config-dir" in BLOCKS[2]
 
 
 def test_make_targets_exist():
