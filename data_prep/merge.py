@@ -73,11 +73,12 @@ class Merge:
         try:
             record = ShardRecord.model_validate_json(stem(self.folder, number).with_suffix(".json").read_bytes())
             lengths = stem(self.folder, number).with_suffix(".lengths").read_bytes()
+            bad = stem(self.folder, number).with_suffix(".bad.jsonl").read_bytes()
         except (FileNotFoundError, ValueError):
             return None
         if record.settings != self.settings or len(record.pieces) != len(self.plan[number]):
             return None
-        if xxh3_of(lengths) != record.lengths_xxh3:
+        if xxh3_of(lengths) != record.lengths_xxh3 or xxh3_of(bad) != record.bad_xxh3:
             return None
         same = all(unchanged(was, now) for was, now in zip(record.pieces, self.plan[number], strict=True))
         return record if same else None
@@ -127,9 +128,15 @@ class Merge:
                     while size := os.sendfile(out.fileno(), f.fileno(), copied, COPY_BYTES):
                         copied += size
                     assert copied == record.bytes, f"{source} changed while it was copied"
+                    # On disk before the shard's own file goes.
                     os.fsync(out.fileno())
                 source.unlink()
         self.count, self._bytes = number + 1, self._bytes + record.bytes
+
+    def sync(self) -> None:
+        """See merged.bin onto the disk."""
+        with open(self.merged, "rb") as f:
+            os.fsync(f.fileno())
 
     @property
     def bytes(self) -> int:
@@ -161,10 +168,7 @@ class Merge:
             for piece in pieces:
                 base.append(lines_before[piece.file])
                 lines_before[piece.file] += piece.lines
-            path = stem(self.folder, number).with_suffix(".bad.jsonl")
-            if not path.exists():
-                continue
-            with open(path, "rb") as f:
+            with open(stem(self.folder, number).with_suffix(".bad.jsonl"), "rb") as f:
                 for raw in f:
                     bad = json.loads(raw)
                     entry = {

@@ -6,14 +6,16 @@ document is finished the next block runs), and the calling thread writes in orde
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -22,7 +24,7 @@ from data_prep.blocks import LINE_BITS, BlockReader, Piece, xxh3
 from data_prep.encoder_choice import Choice, make_encoder
 from data_prep.encoders import Encoded, Encoder
 from data_prep.errors import DataError
-from data_prep.files import Sha256, Strict, atomic_write, write_json
+from data_prep.files import Sha256, Strict, temporary_name
 from data_prep.records import Count
 
 BLOCKS_UNDER_WAY = 4
@@ -65,7 +67,7 @@ class PieceRecord(Strict):
 
 
 class ShardRecord(Strict):
-    """Written last, beside NNNNNN.bin (tokens), NNNNNN.lengths (int32 [documents]) and, maybe, NNNNNN.bad.jsonl."""
+    """Written last, beside NNNNNN.bin (tokens), NNNNNN.lengths (int32 [documents]) and NNNNNN.bad.jsonl (piece, line, kind, reason)."""
 
     format: Literal["quarry.shard/1"] = "quarry.shard/1"
     settings: Sha256
@@ -80,6 +82,8 @@ class ShardRecord(Strict):
     lengths_xxh3: Xxh3
     bad: dict[str, Count]
     """Kind of reason -> lines that are no document."""
+    bad_xxh3: Xxh3
+    """Of the .bad.jsonl."""
     reference_documents: dict[str, Count]
     """Cause -> documents that the reference tokenizer encoded because gigatoken might differ."""
     control_tokens: Count
@@ -96,6 +100,14 @@ def stem(folder: str, number: int) -> Path:
     return Path(folder) / f"{number:06d}"
 
 
+@contextlib.contextmanager
+def _new(path: Path) -> Iterator[IO[bytes]]:
+    """A file that appears when it is complete. It need not be on disk then: who finds it compares its digest with the record's."""
+    with open(temporary_name(path), "wb") as f:
+        yield f
+    os.replace(temporary_name(path), path)
+
+
 def run_shard(
     job: Job, number: int, pieces: list[Piece], get_encoder: Callable[[], Encoder], on_progress: OnProgress
 ) -> ShardRecord:
@@ -106,12 +118,12 @@ def run_shard(
     lengths: list[np.ndarray] = []
     bad: Counter[str] = Counter()
     routed: Counter[str] = Counter()
-    bin_digest = xxh3()
+    bin_digest, bad_digest = xxh3(), xxh3()
     text_bytes = control = size = 0
     highest = -1
     try:
         pipeline.start()
-        with atomic_write(target.with_suffix(".bin")) as out, atomic_write(target.with_suffix(".bad.jsonl")) as rejects:
+        with _new(target.with_suffix(".bin")) as out, _new(target.with_suffix(".bad.jsonl")) as rejects:
             pipeline.encode_with(get_encoder())
             for done, tokens in pipeline.results():
                 out.write(tokens.data)
@@ -131,7 +143,9 @@ def run_shard(
                         "kind": reason.kind,
                         "reason": str(reason),
                     }
-                    rejects.write(json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+                    line = json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+                    rejects.write(line)
+                    bad_digest.update(line)
                 on_progress(done.read_bytes, len(done.counts), tokens.size)
             if highest >= job.vocab_size:
                 raise DataError(
@@ -140,10 +154,8 @@ def run_shard(
                 )
     finally:
         pipeline.close()
-    if not bad:
-        target.with_suffix(".bad.jsonl").unlink()
     all_lengths = np.concatenate(lengths).astype("<i4") if lengths else np.zeros(0, "<i4")
-    with atomic_write(target.with_suffix(".lengths")) as f:
+    with _new(target.with_suffix(".lengths")) as f:
         f.write(all_lengths.data)
     record = ShardRecord(
         settings=job.settings,
@@ -159,10 +171,12 @@ def run_shard(
         xxh3=bin_digest.hexdigest(),
         lengths_xxh3=xxh3_of(all_lengths.data),
         bad=dict(sorted(bad.items())),
+        bad_xxh3=bad_digest.hexdigest(),
         reference_documents=dict(sorted(routed.items())),
         control_tokens=control,
     )
-    write_json(target.with_suffix(".json"), record.model_dump(mode="json"))
+    with _new(target.with_suffix(".json")) as f:
+        f.write(record.model_dump_json().encode())
     return record
 
 
@@ -300,7 +314,6 @@ _progress: Any = None
 def start_worker(threads: int, progress: Any, parent: int) -> None:
     """Initialize a worker process; `progress` is a queue for (bytes, documents, tokens)."""
     import ctypes
-    import os
     import signal
 
     global _progress

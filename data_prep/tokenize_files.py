@@ -310,6 +310,7 @@ class _Run:
         self._refuse(documents, bad.total() - empty, empty, first)
         bin_file, idx_file = bin_path(self.prefix), idx_path(self.prefix)
         idx_file.unlink(missing_ok=True)  # the one of before would describe another .bin for a moment
+        merge.sync()
         os.replace(merge.merged, bin_file)
         merge.write_index(idx_file, job.dtype)
         choice = job.choice
