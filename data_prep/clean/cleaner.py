@@ -52,19 +52,21 @@ def clean(
     done = job.current()
     if done is not None:
         return done
-    from data_prep.clean.executors import run_local
+    from data_prep.clean.executors import forget, run_local
 
     job.begin()
-    with progress.step(f"filters of {len(inputs)} sources", sum(shard.size_bytes for shard in job.shards)) as tell:
-        stage = job.filter_stage()
-        with _watched(job, tell):
-            run_local(stage, job.work, workers)
+    with (
+        progress.step(f"filters of {len(inputs)} sources", sum(shard.size_bytes for shard in job.shards)) as tell,
+        _watched(job, tell),
+    ):
+        ran = run_local(job.filter_stage(), job.work, workers)
     job.refuse_bad_lines()
-    with progress.step("duplicates", None):
-        for stage in job.duplicate_stages():
-            run_local(stage, job.work, workers)
-    with progress.step("documents that stay", None):
-        run_local(job.apply_stage(), job.work, workers)
+    for name, stages in (("duplicates", job.duplicate_stages()), ("documents that stay", [job.apply_stage()])):
+        with progress.step(name, None):
+            for stage in stages:
+                if ran:  # what comes after it is not complete, whatever was done before
+                    forget(stage, job.work)
+                ran |= run_local(stage, job.work, workers)
     return job.finish()
 
 

@@ -6,6 +6,7 @@ when another executor takes over.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,19 +85,25 @@ def is_complete(work: Path, stage: Stage) -> bool:
     return all(completion(work, stage.name, rank).exists() for rank in range(stage.tasks))
 
 
-def run_local(stage: Stage, work: Path, workers: int) -> None:
-    """Run what is missing of a stage; exceptions of a task arrive as they were raised."""
+def forget(stage: Stage, work: Path) -> None:
+    """Let the whole stage run again."""
+    shutil.rmtree(work / stage.name, ignore_errors=True)
+
+
+def run_local(stage: Stage, work: Path, workers: int) -> bool:
+    """Run what is missing of a stage; exceptions of a task arrive as they were raised. Returns whether anything was missing."""
     if is_complete(work, stage):
-        return
+        return False
     folder = str(work / stage.name)
     with quiet():
         if workers == 1 or stage.tasks == 1 or stage.bytes < POOL_MIN_BYTES:
             InProcess([stage.step], stage.tasks, folder).run()
-            return
+            return True
         # Not fork: the caller may have threads, which it does not survive. Only the package multiprocess is set, not Python's own.
         multiprocess.set_start_method("forkserver", force=True)
         multiprocess.set_forkserver_preload(PRELOADED)
         Pool([stage.step], tasks=stage.tasks, workers=min(workers, stage.tasks), logging_dir=folder).run()
+    return True
 
 
 def raise_open_files(wanted: int) -> int:

@@ -175,6 +175,7 @@ def funnel(
         "recipe": recipe.name,
         "cleaning": cleaning.name,
         "tokenizer_sha256": tokenizer,
+        "order": list(records),
         "priority": whole.priority,
         "steps": used,
         "near_duplicates": _near_facts(cleaning),
@@ -243,6 +244,16 @@ def _total(sources: list[dict[str, Any]], steps: list[str]) -> dict[str, Any]:
     }
 
 
+def in_order(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(name, its part) of the sources in the recipe's order, which a JSON object does not keep here, and the sum as 'all'."""
+    return [*((name, report["sources"][name]) for name in report["order"]), ("all", report["total"])]
+
+
+def steps_of(report: dict[str, Any], source: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The steps that a source has, in their order."""
+    return [(step, source["steps"][step]) for step in report["steps"] if step in source["steps"]]
+
+
 def unit_of(report: dict[str, Any]) -> Literal["tokens", "bytes"]:
     """What shares are taken of."""
     return "bytes" if report["tokenizer_sha256"] is None else "tokens"
@@ -260,7 +271,7 @@ def rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     steps = [step for step in report["steps"] if report["total"]["steps"][step]["removed"]["documents"]]
     headings = ["source", "documents", *steps, "stay", f"{unit} in", f"{unit} out", f"{unit} that stay"]
     found = []
-    for name, source in [*report["sources"].items(), ("all", report["total"])]:
+    for name, source in in_order(report):
         before, after = source["in"][unit], source["out"][unit]
         found.append(
             [
@@ -293,8 +304,8 @@ def markdown(report: dict[str, Any]) -> str:
     out += ["Documents in, removed by each step, and out. An empty cell: the source does not have that step.", ""]
     out += _table([heading.replace("_", " ") for heading in headings], table)
     out += ["", *_changes(report), *_facts(report), "## Examples", ""]
-    for name, source in report["sources"].items():
-        shown = [(step, count) for step, count in source["steps"].items() if count["examples"]]
+    for name, source in in_order(report)[:-1]:
+        shown = [(step, count) for step, count in steps_of(report, source) if count["examples"]]
         if not shown:
             continue
         out += [f"### {name} ({source['category']})", ""]
@@ -312,8 +323,8 @@ def markdown(report: dict[str, Any]) -> str:
 
 def _changes(report: dict[str, Any]) -> list[str]:
     found = []
-    for name, source in report["sources"].items():
-        for step, count in source["steps"].items():
+    for name, source in in_order(report)[:-1]:
+        for step, count in steps_of(report, source):
             if count["changed"]["documents"]:
                 reasons = ", ".join(f"{reason} {number:,}" for reason, number in count["reasons"].items())
                 tokens = count["changed"]["tokens_cut"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from data_prep.clean.funnel import taken, unit_of
+from data_prep.clean.funnel import in_order, taken, unit_of
 
 KEPT = "#b9cbb4"
 STEP_COLORS = {
@@ -33,7 +33,7 @@ def draw(report: dict[str, Any]) -> bytes:
     from matplotlib.figure import Figure
 
     unit = unit_of(report)
-    rows = [*report["sources"].items(), ("all", report["total"])]
+    rows = in_order(report)
     height = HEAD_INCHES + ROW_INCHES * len(rows)
     figure = Figure(figsize=(11.5, height), facecolor="white")
     FigureCanvasAgg(figure)

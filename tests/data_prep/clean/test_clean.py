@@ -11,6 +11,8 @@ import tempfile
 import textwrap
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,7 +46,10 @@ def mixed(seed=0):
 
     good = [prose(i) for i in range(8)]
     return {
-        "web_a": [[*good[:4], GERMAN * 3, "buy now " * 100 + PROSE, good[0], "short"], [good[5] + "\nMail me at jane@uni-x.de today.\n"]],
+        "web_a": [
+            [*good[:4], GERMAN * 3, "buy now " * 100 + PROSE, good[0], "short"],
+            [good[5] + "\nMail me at jane@uni-x.de today.\n"],
+        ],
         "web_b": [good[4], good[0], good[1].replace("Number 1", "Number one"), good[5] + " Lorem ipsum dolor sit amet."],
         "code_a": [CODE, CODE + "# other\n", "# DO NOT EDIT\n" + CODE * 2, CODE],
     }
@@ -79,13 +84,12 @@ def test_a_large_file_is_cleaned_in_ranges_with_the_same_result(tmp_path, monkey
         bad[size] = [json.loads(x) for x in (folder / "data/clean/web_a/quarantine/web_a.jsonl").read_text().splitlines()]
         assert [(entry["line"], entry["reason"][:8]) for entry in bad[size]] == [(9, "not JSON"), (23, "'text' i")]
         assert records["web_a"].quarantined_lines == 2
-    assert found[700] == found[shards.SHARD_BYTES] if shards.SHARD_BYTES in found else len({str(f) for f in found.values()}) == 1
+    assert (
+        found[700] == found[shards.SHARD_BYTES] if shards.SHARD_BYTES in found else len({str(f) for f in found.values()}) == 1
+    )
 
 
 def test_packed_files_and_parquet_and_other_keys(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
     folder = tmp_path
     texts = {"web_a": ["first text"], "code_a": ["x = 1", "y = 2"]}
     planted.write(folder, texts)
@@ -160,7 +164,9 @@ def test_a_changed_source_redoes_itself_and_the_deduplication(tmp_path):
 @pytest.mark.parametrize("step", ["exact_duplicates", "near_duplicates", "masking"])
 def test_a_step_switched_off_and_on_again(tmp_path, step):
     first = fresh(tmp_path / "a", mixed(), **published())
-    assert fresh(tmp_path / "a", mixed(), **published(**{step: None})) == fresh(tmp_path / "b", mixed(), **published(**{step: None}))
+    assert fresh(tmp_path / "a", mixed(), **published(**{step: None})) == fresh(
+        tmp_path / "b", mixed(), **published(**{step: None})
+    )
     assert fresh(tmp_path / "a", mixed(), **published()) == first
 
 
@@ -281,8 +287,15 @@ TEXT = st.sampled_from(
 @settings(max_examples=10, deadline=None)
 @given(st.fixed_dictionaries({name: st.lists(TEXT, max_size=10) for name in ("web_a", "web_b", "code_a")}))
 def test_counts_add_up_and_nothing_vanishes(drawn):
-    always = {"web_a": PROSE.replace("boats", "ships"), "web_b": PROSE.replace("fog", "mist").upper().capitalize(), "code_a": CODE + "#"}
-    texts = {name: [*lines, f"{always[name]}\n{planted.sentence(random.Random(len(name) + ord(name[-1])), 90)}."] for name, lines in drawn.items()}
+    always = {
+        "web_a": PROSE.replace("boats", "ships"),
+        "web_b": PROSE.replace("fog", "mist").upper().capitalize(),
+        "code_a": CODE + "#",
+    }
+    texts = {
+        name: [*lines, f"{always[name]}\n{planted.sentence(random.Random(len(name) + ord(name[-1])), 90)}."]
+        for name, lines in drawn.items()
+    }
     config = published()
     config["filters"]["web"] |= {"gopher_quality": None, "gneissweb": None, "language": None, "gopher_repetition": None}
     with tempfile.TemporaryDirectory() as folder:
@@ -344,13 +357,28 @@ TEXTS = {"web_a": ["some text"], "best": ["other text"]}
         ({"filters": {"web": {}, "web_hg": {}}}, "+data.cleaning.filters.web_hq={}; did you mean web_hg?"),
         ({"priority": ["web"]}, "data.cleaning.priority does not name category 'web_hq' (source 'best')"),
         ({"priority": ["web", "web_hq", "web"]}, "data.cleaning.priority names 'web' twice"),
-        ({"near_duplicates": planted.near(exempt={"maths": "x"})}, "near_duplicates.exempt names 'maths', which is no category; did you mean math?"),
         (
-            {"decontamination": {"ngram_words": 13, "min_item_words": 8, "benchmarks": {"quiz": {"paths": ["no/*.jsonl"], "keys": ["q"]}}}},
+            {"near_duplicates": planted.near(exempt={"maths": "x"})},
+            "near_duplicates.exempt names 'maths', which is no category; did you mean math?",
+        ),
+        (
+            {
+                "decontamination": {
+                    "ngram_words": 13,
+                    "min_item_words": 8,
+                    "benchmarks": {"quiz": {"paths": ["no/*.jsonl"], "keys": ["q"]}},
+                }
+            },
             "data.cleaning.decontamination.benchmarks.quiz.paths: nothing matches 'no/*.jsonl'",
         ),
         (
-            {"decontamination": {"ngram_words": 13, "min_item_words": 8, "benchmarks": {"quiz": {"paths": ["no/*.jsonl"], "keys": ["q"]}}}},
+            {
+                "decontamination": {
+                    "ngram_words": 13,
+                    "min_item_words": 8,
+                    "benchmarks": {"quiz": {"paths": ["no/*.jsonl"], "keys": ["q"]}},
+                }
+            },
             "or leave the benchmark out: data.cleaning.decontamination.benchmarks.quiz=null",
         ),
     ],
@@ -392,7 +420,9 @@ def test_mostly_bad_lines_are_a_wrong_key(tmp_path):
     texts = {"web_a": ["a text"]}
     planted.write(tmp_path, texts)
     (tmp_path / "raw" / "web_a_0.jsonl").write_text('{"content": "x"}\n' * 30 + '{"text": "y"}\n')
-    with pytest.raises(DataError, match="30 of 31 lines are bad, more than 1 %; the first: .*web_a_0.jsonl, line 1: no key 'text'") as caught:
+    with pytest.raises(
+        DataError, match="30 of 31 lines are bad, more than 1 %; the first: .*web_a_0.jsonl, line 1: no key 'text'"
+    ) as caught:
         planted.run(tmp_path, planted.recipe(tmp_path, texts))
     assert "data.sources.web_a.text_key" in str(caught.value)
 

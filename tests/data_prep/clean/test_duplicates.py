@@ -111,7 +111,10 @@ def with_similarity(rng, text, target, n=5):
     words = text.split()
     grams = len(words) - n + 1
     changed = round(grams * (1 - target) / (1 + target))  # s = (g - c) / (g + c) where c n-grams are new
-    fresh = [f"{rng.choice(planted.WORDS)}q{rng.randrange(10**6)}".translate(str.maketrans("0123456789", "zyxwvutsrq")) for _ in range(changed)]
+    fresh = [
+        f"{rng.choice(planted.WORDS)}q{rng.randrange(10**6)}".translate(str.maketrans("0123456789", "zyxwvutsrq"))
+        for _ in range(changed)
+    ]
     return " ".join(words[: len(words) - changed] + fresh)
 
 
@@ -271,7 +274,9 @@ def test_choose_against_the_rule(values, pairs):
         if node not in gone_exactly:
             best.setdefault(roots[node], node)
     near = {node: best[root] for node, root in roots.items() if node not in gone_exactly and best[root] != node}
-    expected = {i: (EXACT, near.get(stays, stays)) for i, stays in gone_exactly.items()} | {i: (NEAR, s) for i, s in near.items()}
+    expected = {i: (EXACT, near.get(stays, stays)) for i, stays in gone_exactly.items()} | {
+        i: (NEAR, s) for i, s in near.items()
+    }
     assert {row[0]: (row[1], row[2]) for row in rows.tolist()} == expected
     assert rows[:, 0].tolist() == sorted(expected)
     assert not set(expected) & {stays for _, stays in expected.values()}, "the copy that is named stays"
@@ -285,7 +290,9 @@ def test_final_places_count_what_stays_before_in_the_shard():
     assert [part.tolist() for part in numbering.place(np.array([0, 3, 6]))] == [[0, 1, 1], [0, 0, 3]]
 
 
-@pytest.mark.parametrize(("similarity", "buckets", "hashes"), [(0.5, 14, 8), (0.8, 14, 8), (0.75, 20, 5), (1.0, 3, 2), (0.0, 3, 2)])
+@pytest.mark.parametrize(
+    ("similarity", "buckets", "hashes"), [(0.5, 14, 8), (0.8, 14, 8), (0.75, 20, 5), (1.0, 3, 2), (0.0, 3, 2)]
+)
 def test_the_formula(similarity, buckets, hashes):
     config = NearDuplicates.model_validate(planted.near(buckets=buckets, hashes_per_bucket=hashes))
     assert math.isclose(config.detection_probability(similarity), 1 - (1 - similarity**hashes) ** buckets)

@@ -69,7 +69,9 @@ def test_ngram_hashes_are_equal_where_the_ngrams_are(letters, n):
     hashes = ngram_hashes(word_hashes(" ".join(letters)).exact, n)
     grams = [tuple(letters[i : i + n]) for i in range(len(letters) - n + 1)]
     assert len(hashes) == len(grams)
-    assert {(a == b) for a, x in zip(grams, hashes, strict=True) for b, y in zip(grams, hashes, strict=True) if (x == y)} <= {True}
+    assert {(a == b) for a, x in zip(grams, hashes, strict=True) for b, y in zip(grams, hashes, strict=True) if (x == y)} <= {
+        True
+    }
     assert len(set(hashes.tolist())) == len(set(grams))
 
 
@@ -91,4 +93,3 @@ def test_known_hashes():
     assert [hex(h) for h in hashes.exact.tolist()] == ["0x64655861a3d40ab2", "0xf658e1aee31d49", "0x7a686626f03cb457"]
     assert hashes.number_blind.tolist()[:2] == hashes.exact.tolist()[:2]
     assert hashes.number_blind[2] == word_hashes("0").exact[0]
-
