@@ -15,6 +15,7 @@ import pytest
 
 from data_prep.indexed import Reader
 from data_prep.manifest import MixtureManifest, mixture_path
+from data_prep.verify import verify
 from recipes.schema import Recipe
 from tests.training import recount
 from training import recorder
@@ -128,6 +129,10 @@ def test_the_ledger_equals_a_recount_of_the_samples_that_were_trained_on(run, re
         recount.check_samples(run / "stages" / stage, root, manifest)
     attempts = {path.name.split("_")[1] for path in (run / "stages" / VICTIM / recorder.FOLDER).iterdir()}
     assert len(attempts) == 2, "the kill and the resume are part of what was recounted"
+
+
+def test_the_data_are_as_prepared_after_all_that(recipe):
+    assert verify(Path(recipe.data.root)) == []
 
 
 def test_no_index_was_built_by_a_training_start(run, recipe):
