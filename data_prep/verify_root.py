@@ -46,9 +46,10 @@ class Root:
         self.tokenizer()
         for path in sorted((self.root / "corpus").glob("*.json")):
             self.corpus(path)
-        for folder in ("clean", "concatenated"):
-            for path in sorted([*(self.root / folder).glob("*.json"), *(self.root / folder).glob("*/record.json")]):
-                self.texts(path)
+        for path in sorted((self.root / "concatenated").glob("*.json")):
+            self.concatenated(path)
+        for path in sorted((self.root / "clean").glob("*/record.json")):
+            self.cleaned(path)
         for path in sorted((self.root / "tokens").glob("*.json")):
             self.tokens(path)
         for path in sorted((self.root / "tokenized").glob("*.json")):
@@ -109,11 +110,24 @@ class Root:
                 if getattr(ours, key) != getattr(theirs, key):
                     self.v.find(said_by, f"tokenizer.{key}, by tokenizer/record.json", getattr(ours, key), getattr(theirs, key))
 
-    def texts(self, path: Path) -> None:
-        """Files that a record of text names: in an object {"<name>_record": {"bytes", "sha256"}, "<name>": path below the root}, or
+    def concatenated(self, path: Path) -> None:
+        """The text beside its record, and the list of lines that are no document."""
+        values = _values(path)
+        for key, suffix in (("file", ".jsonl"), ("quarantine", ".quarantine.jsonl")):
+            digest = Digest.find(values.get(key))
+            if digest:
+                self.v.file(path.with_suffix(suffix), digest, path)
+            elif key == "file":
+                self.v.find(path, "record", "one of a text file", "none, or one that cannot be read")
+
+    def cleaned(self, path: Path) -> None:
+        """Files that a record of cleaning names: {"<name>_record": {"bytes", "sha256"}, "<name>": path below the root}, or
         {"record": ..., "path": ...}, at any depth."""
-        for name, digest in _recorded_files(_values(path)):
+        files = list(_recorded_files(_values(path)))
+        for name, digest in files:
             self.v.file(self.root / name, digest, path)
+        if not files:
+            self.v.find(path, "record", "one of cleaned files", "none, or one that cannot be read")
 
     # --- tokens ----------------------------------------------------------------------------------------------------------------
 

@@ -563,8 +563,24 @@ def test_the_output_of_tokenizing(prepared, tmp_path):
     assert finding(verify(tmp_path / "out.bin"), "out.shards").found == "left by a run that was killed"
 
 
-def test_text_that_a_record_names(root):
-    """Records of cleaning and concatenation name their files at any depth."""
+def test_joined_repositories(root):
+    folder = root / "concatenated"
+    folder.mkdir()
+    files = {"file": "code.jsonl", "quarantine": "code.quarantine.jsonl"}
+    for name in files.values():
+        (folder / name).write_text(name)
+    record = {key: record_file(folder / name).model_dump() for key, name in files.items()}
+    write_json(folder / "code.json", {"format": "quarry.concatenated/1", **record})
+    assert verify(root) == []
+    for name in files.values():
+        flip(folder / name, 3)
+    assert files_of(verify(root)) == {f"concatenated/{name}" for name in files.values()}
+    (folder / "code.json").write_text("{")
+    assert finding(verify(root), "concatenated/code.json", "record")
+
+
+def test_cleaned_text(root):
+    """A record of cleaning names its files at any depth."""
     (root / "clean" / "web_a").mkdir(parents=True)
     files = {}
     for name in ("00000.jsonl", "removed.zst"):
@@ -582,6 +598,8 @@ def test_text_that_a_record_names(root):
     for name in files:
         flip(root / "clean" / "web_a" / name, 3)
     assert files_of(verify(root)) == {f"clean/web_a/{name}" for name in files}
+    (root / "clean" / "web_a" / "record.json").write_text("{}")
+    assert finding(verify(root), "clean/web_a/record.json", "record")
 
 
 @settings(deadline=None, max_examples=60)
