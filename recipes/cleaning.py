@@ -161,13 +161,13 @@ class CodeFilter(Strict):
 
 
 class Filters(Strict):
-    """The filters of one category, in their order."""
+    """The filters of one category, in their order: those that cost little and remove much first."""
 
     text: TextFilter | None = None
     language: LanguageFilter | None = None
     code: CodeFilter | None = None
-    gopher_repetition: GopherRepetitionFilter | None = None
     gopher_quality: GopherQualityFilter | None = None
+    gopher_repetition: GopherRepetitionFilter | None = None
     c4: C4Filter | None = None
     fineweb: FineWebFilter | None = None
     gneissweb: GneissWebFilter | None = None

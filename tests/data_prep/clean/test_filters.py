@@ -140,8 +140,8 @@ def test_the_order_is_that_of_the_fields(published):
     assert [name for name, _ in filters.build(published["web"], None)] == [
         "text",
         "language",
-        "gopher_repetition",
         "gopher_quality",
+        "gopher_repetition",
         "c4",
         "fineweb",
         "gneissweb",
