@@ -25,6 +25,11 @@ def _published():
     return compose(["curriculum=smoke"]).data.cleaning.model_dump(mode="json")
 
 
+@cache
+def _full_run():
+    return compose([]).data.cleaning.model_dump(mode="json")
+
+
 def cleaning(**changed):
     """The smoke corpus's cleaning without filters, benchmarks and masking; keys of `changed` replace its own."""
     base = copy.deepcopy(_published())
@@ -113,3 +118,58 @@ def pack(path):
     with gzip.open(f"{path}.gz", "wb") as f:
         f.write(path.read_bytes())
     path.unlink()
+
+
+PROSE = (
+    "The harbour was quiet when the first boats came back from the night's work. Their crews had seen nothing but fog, and the "
+    "lamps along the quay were still burning. An old man, who had spent most of his life repairing nets, counted them as they "
+    "arrived and wrote the numbers into a small book.\n"
+    "Nobody asked him why he did that. Some thought it was a habit that he could not give up, others that he waited for one "
+    "boat in particular. When the last of them was tied to its post, he closed the book and walked slowly up the hill to the "
+    "house with the green door.\n"
+    "In the afternoon the wind turned, and with it came the smell of rain. Children ran down to the water to look at the "
+    "catch before it was sold, and to be told stories that their parents would not have believed.\n"
+)
+CODE = '''"""Words of a text."""
+
+import re
+
+
+def words(text, pattern=re.compile(r"[a-z]+")):
+    """All words of `text` in lower case, in order."""
+    found = []
+    for match in pattern.finditer(text.lower()):
+        found.append(match.group())
+    return found
+'''
+GERMAN = (
+    "Der Hafen war still, als die ersten Boote von der Arbeit der Nacht zurückkamen. Die Mannschaften hatten nichts als Nebel "
+    "gesehen, und die Lampen am Kai brannten noch. Ein alter Mann zählte sie und schrieb die Zahlen in ein kleines Buch."
+)
+
+
+def published(**changed):
+    """The filters of a full run, a benchmark of our own and masking."""
+    base = copy.deepcopy(_full_run())
+    base["decontamination"] = None
+    return base | {"name": "test"} | changed
+
+
+def mixed(seed=0):
+    """Text for every step: prose that passes, victims, copies, personal data, in three sources."""
+    rng = random.Random(seed)
+    paragraphs = PROSE.splitlines()
+
+    def prose(number):
+        lines = [f"{line} Number {number} {sentence(rng, 12)}." for line in paragraphs]
+        return "\n".join(lines)
+
+    good = [prose(i) for i in range(8)]
+    return {
+        "web_a": [
+            [*good[:4], GERMAN * 3, "buy now " * 100 + PROSE, good[0], "short"],
+            [good[5] + "\nMail me at jane@uni-x.de today.\n"],
+        ],
+        "web_b": [good[4], good[0], good[1].replace("Number 1", "Number one"), good[5] + " Lorem ipsum dolor sit amet."],
+        "code_a": [CODE, CODE + "# other\n", "# DO NOT EDIT\n" + CODE * 2, CODE],
+    }

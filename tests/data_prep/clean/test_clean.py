@@ -21,38 +21,9 @@ from data_prep import files
 from data_prep.clean import clean, executors, shards
 from data_prep.errors import DataError
 from data_prep.progress import Silent
-from recipes.compose import compose
 from tests.data_prep.clean import planted
-from tests.data_prep.clean.planted import kept, kept_ids, removed
-from tests.data_prep.clean.test_filters import CODE, GERMAN, PROSE
+from tests.data_prep.clean.planted import CODE, GERMAN, PROSE, kept, kept_ids, mixed, published, removed
 from tests.data_prep.helpers import times, tree
-
-
-def published(**changed):
-    """The filters of a full run, a benchmark of our own and masking."""
-    base = compose([]).data.cleaning.model_dump(mode="json")
-    base["decontamination"] = None
-    return base | {"name": "test"} | changed
-
-
-def mixed(seed=0):
-    """Text for every step: prose that passes, victims, copies, personal data, in three sources."""
-    rng = random.Random(seed)
-    paragraphs = PROSE.splitlines()
-
-    def prose(number):
-        lines = [f"{line} Number {number} {planted.sentence(rng, 12)}." for line in paragraphs]
-        return "\n".join(lines)
-
-    good = [prose(i) for i in range(8)]
-    return {
-        "web_a": [
-            [*good[:4], GERMAN * 3, "buy now " * 100 + PROSE, good[0], "short"],
-            [good[5] + "\nMail me at jane@uni-x.de today.\n"],
-        ],
-        "web_b": [good[4], good[0], good[1].replace("Number 1", "Number one"), good[5] + " Lorem ipsum dolor sit amet."],
-        "code_a": [CODE, CODE + "# other\n", "# DO NOT EDIT\n" + CODE * 2, CODE],
-    }
 
 
 def test_equal_bytes_for_one_worker_and_two(tmp_path, monkeypatch):
@@ -232,12 +203,13 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch
 KILLED = """
     import os, signal, sys
     from pathlib import Path
-    from data_prep import files
-    from data_prep.clean import executors
-    from tests.data_prep.clean import planted
-    from tests.data_prep.clean.test_clean import mixed, published
 
-    if __name__ == "__main__":
+    if __name__ == "__main__":  # the workers import this file too
+        from data_prep import files
+        from data_prep.clean import executors
+        from tests.data_prep.clean import planted
+        from tests.data_prep.clean.planted import mixed, published
+
         executors.POOL_MIN_BYTES = 0
         folder, after = Path(sys.argv[1]), int(sys.argv[2])
         made = planted.recipe(folder, mixed(), **published())
@@ -394,8 +366,9 @@ def with_filters(**filters):
 
 
 def gneissweb(path):
-    config = compose([]).data.cleaning.filters["web"].gneissweb.model_dump(mode="json")
-    return config | {"quality": {"dclm": {"path": str(path), "label": "hq", "min_score": 0.5}}}
+    return published()["filters"]["web"]["gneissweb"] | {
+        "quality": {"dclm": {"path": str(path), "label": "hq", "min_score": 0.5}}
+    }
 
 
 def test_an_unknown_language_and_missing_classifiers(tmp_path):

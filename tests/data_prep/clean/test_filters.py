@@ -11,33 +11,7 @@ from data_prep.clean import filters
 from data_prep.clean.filtering import removed_lines
 from recipes.cleaning import Filters
 from recipes.compose import compose
-
-PROSE = (
-    "The harbour was quiet when the first boats came back from the night's work. Their crews had seen nothing but fog, and the "
-    "lamps along the quay were still burning. An old man, who had spent most of his life repairing nets, counted them as they "
-    "arrived and wrote the numbers into a small book.\n"
-    "Nobody asked him why he did that. Some thought it was a habit that he could not give up, others that he waited for one "
-    "boat in particular. When the last of them was tied to its post, he closed the book and walked slowly up the hill to the "
-    "house with the green door.\n"
-    "In the afternoon the wind turned, and with it came the smell of rain. Children ran down to the water to look at the "
-    "catch before it was sold, and to be told stories that their parents would not have believed.\n"
-)
-CODE = '''"""Words of a text."""
-
-import re
-
-
-def words(text, pattern=re.compile(r"[a-z]+")):
-    """All words of `text` in lower case, in order."""
-    found = []
-    for match in pattern.finditer(text.lower()):
-        found.append(match.group())
-    return found
-'''
-GERMAN = (
-    "Der Hafen war still, als die ersten Boote von der Arbeit der Nacht zurückkamen. Die Mannschaften hatten nichts als Nebel "
-    "gesehen, und die Lampen am Kai brannten noch. Ein alter Mann zählte sie und schrieb die Zahlen in ein kleines Buch."
-)
+from tests.data_prep.clean.planted import CODE, GERMAN, PROSE
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,7 @@ from data_prep.clean.funnel import funnel_rows, write_funnel
 from data_prep.clean.picture import draw
 from data_prep.errors import DataError
 from tests.data_prep.clean import planted
-from tests.data_prep.clean.planted import kept, removed
-from tests.data_prep.clean.test_clean import mixed, published
+from tests.data_prep.clean.planted import kept, mixed, published, removed
 from tests.data_prep.helpers import times
 
 

@@ -17,7 +17,7 @@ from data_prep.clean.executors import quiet
 from data_prep.clean.slurm import Slurm, submit
 from data_prep.errors import DataError
 from tests.data_prep.clean import planted
-from tests.data_prep.clean.test_clean import mixed, published
+from tests.data_prep.clean.planted import mixed, published
 from tests.data_prep.helpers import tree
 
 SBATCH = """#!/bin/sh
