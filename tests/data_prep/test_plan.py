@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from data_prep import plan as planner
 from data_prep.deal import documents_of
 from data_prep.errors import DataError
-from data_prep.plan import make_plan, phase_inputs, plan
+from data_prep.plan import phase_inputs, plan
 from tests.data_prep import helpers
 
 
