@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -148,6 +148,8 @@ class Dealer:
         self._collected: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self.class_tokens = self._whole(0).tokens.sum(axis=1)
         """int64 [classes]"""
+        self.class_documents = self._whole(0).documents.sum(axis=1)
+        """int64 [classes]"""
         self.source_tokens = int(self.class_tokens.sum())
         self.documents = len(lengths)
         self._restart()
@@ -161,14 +163,15 @@ class Dealer:
         """The next documents that hold at least need.tokens, to the document that reaches it."""
         if not self._predicted:
             self._predict()
+        before = self._dealt_tokens.copy()
         pieces = self._deal(need, self._exact_end)
         is_long = self.edges >= need.min_document_tokens
         whole = self.long_source_tokens(need.min_document_tokens)
         return Deal(
-            pieces=_joined(pieces),
+            pieces=tuple(pieces),
             documents=sum(piece.documents for piece in pieces),
             tokens=sum(piece.tokens for piece in pieces),
-            long_tokens=sum(piece.tokens for piece in pieces if piece.min_tokens >= need.min_document_tokens),
+            long_tokens=int((self._dealt_tokens - before)[is_long].sum()),
             epochs=int(self._dealt_tokens.sum()) / self.source_tokens,
             long_epochs=int(self._dealt_tokens[is_long].sum()) / whole if whole else 0.0,
         )
@@ -200,7 +203,7 @@ class Dealer:
                 end = end_of(epoch, bucket, group, missing - int(reached[bucket] - per_bucket[bucket]))
             taken = [piece for c in group if (piece := self._take(epoch, c, end)) is not None]
             missing -= sum(piece.tokens for piece in taken)
-            pieces += taken
+            pieces += self._joined(taken)
         return pieces
 
     def _next_group(self, need: Need) -> tuple[int, list[int]]:
@@ -208,7 +211,7 @@ class Dealer:
         eligible = [
             c
             for c, edge in enumerate(self.edges)
-            if self.class_tokens[c] and (not need.only_long or edge >= need.min_document_tokens)
+            if self.class_documents[c] and (not need.only_long or edge >= need.min_document_tokens)
         ]
         assert eligible, f"source '{self.source}' has no documents for {need}"
         for c in eligible:
@@ -220,7 +223,7 @@ class Dealer:
         return epoch, long or group
 
     def _take(self, epoch: int, c: int, end: int) -> Piece | None:
-        """Deal what is left of class `c` below the hash `end`."""
+        """Deal what is left of class `c` below the hash `end`, be it no document; None where it is past `end`."""
         left = self._left_of(epoch)
         first = left.first_hash[c]
         if end <= first:
@@ -237,10 +240,38 @@ class Dealer:
             documents, tokens = documents + inside, tokens + inside_tokens
         left.first_hash[c] = end
         self._dealt_tokens[c] += tokens
-        if not documents:
-            return None
         limit = int(self.edges[c + 1]) if c + 1 < len(self.edges) else None
         return Piece(epoch, first, end - 1, int(self.edges[c]), limit, documents, tokens)
+
+    def _joined(self, pieces: list[Piece]) -> list[Piece]:
+        """Neighbouring classes with the same interval as one piece, without pieces that have no document.
+
+        What is one piece must not depend on how finely lengths are divided, or a later phase's min_document_tokens would change the
+        order inside of an earlier view. So pieces are joined before the empty ones go, and across classes that have nothing to give.
+        """
+        joined: list[Piece] = []
+        for piece in pieces:
+            last = joined[-1] if joined else None
+            if (
+                last
+                and (last.first_hash, last.last_hash) == (piece.first_hash, piece.last_hash)
+                and self._adjacent(last, piece)
+            ):
+                joined[-1] = replace(
+                    last,
+                    max_tokens=piece.max_tokens,
+                    documents=last.documents + piece.documents,
+                    tokens=last.tokens + piece.tokens,
+                )
+            else:
+                joined.append(piece)
+        return [piece for piece in joined if piece.documents]
+
+    def _adjacent(self, one: Piece, other: Piece) -> bool:
+        """Whether the classes between hold no document of the interval of the two: what they had of the epoch lies before it."""
+        left = self._left_of(one.epoch)
+        between = np.flatnonzero((self.edges >= one.max_tokens) & (self.edges < other.min_tokens))
+        return all(left.first_hash[c] <= one.first_hash and not left.documents[c].any() for c in between)
 
     def _exact_end(self, epoch: int, bucket: int, group: list[int], missing: int) -> int:
         """One past the hash of the document of `bucket` that reaches `missing` tokens."""
@@ -332,31 +363,6 @@ class Dealer:
             for bucket in np.flatnonzero(is_wanted[number]).tolist():
                 low, high = np.searchsorted(bucket_of, [bucket, bucket + 1])
                 self._collected[epoch, bucket] = hashes[low:high], lengths[low:high], classes[low:high]
-
-
-def _joined(pieces: list[Piece]) -> tuple[Piece, ...]:
-    """Neighbouring classes with the same interval as one piece."""
-    joined: list[Piece] = []
-    for piece in pieces:
-        last = joined[-1] if joined else None
-        if last and (last.epoch, last.first_hash, last.last_hash, last.max_tokens) == (
-            piece.epoch,
-            piece.first_hash,
-            piece.last_hash,
-            piece.min_tokens,
-        ):
-            joined[-1] = Piece(
-                last.epoch,
-                last.first_hash,
-                last.last_hash,
-                last.min_tokens,
-                piece.max_tokens,
-                last.documents + piece.documents,
-                last.tokens + piece.tokens,
-            )
-        else:
-            joined.append(piece)
-    return tuple(joined)
 
 
 def documents_of(deal: Deal, source: str, lengths: np.ndarray, seed: int) -> np.ndarray:
