@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     """Returns 0; RecipeError or DataError (exit code 2) when recipe or data are refused."""
     from data_prep.clean.cleaner import clean
     from data_prep.clean.inputs import source_texts
-    from data_prep.files import exclusive_lock
+    from data_prep.files import exclusive_lock, remove_leftovers
     from data_prep.progress import Shown
     from data_prep.sources import threads
     from recipes.compose import compose
@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     with exclusive_lock(
         root / ".lock", lambda holder: progress.message(f"waiting for process {holder}, which prepares {root}")
     ):
+        remove_leftovers(root)
         inputs = source_texts(recipe, root, progress)
         if args.slurm and _submitted(args, recipe, root, inputs):
             return 0

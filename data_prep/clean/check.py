@@ -44,6 +44,12 @@ def check(recipe: Recipe) -> None:
                 )
     for category in categories:
         _check_filters(f"{key}.filters.{category}", cleaning.filters[category])
+    path = recipe.data.tokenizer.path
+    if path is not None and not Path(path).exists() and any(cleaning.filters[c].gneissweb is not None for c in categories):
+        raise DataError(
+            f"data.tokenizer.path: no '{path}' (from {Path.cwd()}), and the filter gneissweb counts tokens with it; put the tokenizer "
+            f"there, or leave the filter out: {key}.filters.web.gneissweb=null"
+        )
     if cleaning.decontamination is not None:
         for name, benchmark in cleaning.decontamination.benchmarks.items():
             benchmark_files(name, benchmark)

@@ -14,28 +14,26 @@ import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.clean import decontamination
 from data_prep.clean.check import check, ordered_sources
+from data_prep.clean.identity import VERSION, common_identity, filtered_digest, given_tokenizer
 from data_prep.clean.offline import go_offline
 from data_prep.clean.records import AppliedShard, CleanFile, CleanRecord, DeduplicatedRecord, ShardRecord, StepCount, add_counts
 from data_prep.clean.shards import Shard, SourceText, plan_shards
 from data_prep.errors import DataError
-from data_prep.files import digest_of, file_sha256, verify_file, write_bytes
+from data_prep.files import digest_of, verify_file, write_bytes
 from data_prep.optional import need
 from data_prep.progress import Done, Progress
 from data_prep.tokenize_files import MAX_BAD_FREE, MAX_BAD_PERCENT
-from recipes.cleaning import Cleaning, NearDuplicates
+from recipes.cleaning import Cleaning
 from recipes.schema import Recipe
 
 if TYPE_CHECKING:
     from data_prep.clean.executors import Stage
 
-VERSION = 1
-"""Of what cleaning writes; raise it when the same input and recipe would give other bytes."""
 OPEN_FILES_RESERVE = 256
 """Beside one file per shard."""
 
@@ -67,7 +65,11 @@ def clean(
                 if ran:  # what comes after it is not complete, whatever was done before
                     forget(stage, job.work)
                 ran |= run_local(stage, job.work, workers)
-    return job.finish()
+    records = job.finish()
+    for name, record in records.items():
+        if record.quarantined_lines:
+            progress.message(f"{name}: {record.quarantined_lines} lines are no documents; see {job.quarantine_path(name)}")
+    return records
 
 
 @dataclass
@@ -104,8 +106,8 @@ class Job:
             if not text.files:
                 raise DataError(f"source '{name}' has no files; set data.sources.{name}.paths, or remove the source")
         texts = {name: inputs[name] for name in order}
-        common = _common_identity(recipe, cleaning)
-        filtered = {name: _filtered_digest(recipe, cleaning, name, text, common) for name, text in texts.items()}
+        common = common_identity(recipe, cleaning)
+        filtered = {name: filtered_digest(recipe, cleaning, name, text, common) for name, text in texts.items()}
         whole = digest_of(
             {
                 "version": VERSION,
@@ -124,6 +126,9 @@ class Job:
 
     def record_path(self, source: str) -> Path:
         return self.root / "clean" / source / "record.json"
+
+    def quarantine_path(self, source: str) -> Path:
+        return self.root / "clean" / source / "quarantine" / f"{source}.jsonl"
 
     @property
     def whole_path(self) -> Path:
@@ -215,13 +220,19 @@ class Job:
             root=self.root,
             cleaning=self.cleaning,
             categories={name: self.recipe.data.sources[name].category for name in self.texts},
-            tokenizer=_given_tokenizer(self.recipe),
+            tokenizer=given_tokenizer(self.recipe),
             index=index,
             work=self.work,
             shards=self.shards,
             inputs=self.filtered,
         )
-        return Stage("filter", FilterShards(stage), len(self.shards), sum(shard.size_bytes for shard in self.shards))
+        weights = tuple(shard.size_bytes * (1 + self._filters(shard.source)) for shard in self.shards)
+        return Stage("filter", FilterShards(stage), len(self.shards), sum(shard.size_bytes for shard in self.shards), weights)
+
+    def _filters(self, source: str) -> int:
+        """How many a source has: what each costs differs less than how many there are."""
+        filters = self.cleaning.filters[self.recipe.data.sources[source].category]
+        return sum(config is not None for _, config in filters)
 
     def duplicate_stages(self) -> list[Stage]:
         """Stages that find what goes. Numbers of documents are read from the shards' records when a task runs."""
@@ -343,7 +354,7 @@ class Job:
                 steps[step] = add_counts(steps.get(step, StepCount()), count)
         self._remove_old_files(name, [shard for shard, _ in own])
         quarantine = list(self._quarantine(name))
-        target = self.root / "clean" / name / "quarantine" / f"{name}.jsonl"
+        target = self.quarantine_path(name)
         if quarantine:
             from data_prep.clean.filtering import json_line
 
@@ -397,62 +408,6 @@ def intact(root: Path, record: CleanRecord, seen: dict[Path, str] | None = None)
     except DataError:
         return False
     return True
-
-
-def _common_identity(recipe: Recipe, cleaning: Cleaning) -> dict:
-    """What acts on every source alone: decontamination, packages."""
-    benchmarks = {}
-    if cleaning.decontamination is not None:
-        for name, benchmark in cleaning.decontamination.benchmarks.items():
-            files = decontamination.benchmark_files(name, benchmark)
-            benchmarks[name] = [[path.name, file_sha256(path)] for path in files]
-    return {
-        "version": VERSION,
-        "packages": {name: version(name) for name in ("datatrove", "py3langid", "numpy")},
-        "benchmarks": benchmarks,
-    }
-
-
-def _filtered_digest(recipe: Recipe, cleaning: Cleaning, name: str, text: SourceText, common: dict) -> str:
-    source = recipe.data.sources[name]
-    filters = cleaning.filters[source.category]
-    tokenizer = None
-    models = {}
-    if filters.gneissweb is not None:
-        given = _given_tokenizer(recipe)
-        if given is not None:
-            from data_prep.tokenizer import load_tokenizer
-
-            tokenizer = load_tokenizer(Path(given[0]), given[1]).digest
-        for part in (filters.gneissweb.quality, filters.gneissweb.categories):
-            models |= {classifier.path: file_sha256(Path(classifier.path)) for classifier in part.values()}
-    masking, near = cleaning.masking, cleaning.near_duplicates
-    return digest_of(
-        {
-            **common,
-            "text": [text.digest, text.text_key, list(text.carry)],
-            "source": name,
-            "filters": filters.model_dump(mode="json"),
-            "decontamination": cleaning.decontamination.model_dump(mode="json") if cleaning.decontamination else None,
-            "masking": masking.model_dump(mode="json", exclude={"exempt"})
-            if masking and source.category not in masking.exempt
-            else None,
-            "exact": cleaning.exact_duplicates.model_dump(mode="json") if cleaning.exact_duplicates else None,
-            "near": _signature_identity(near) if near is not None and source.category not in near.exempt else None,
-            "tokenizer": tokenizer,
-            "models": models,
-        }
-    )
-
-
-def _signature_identity(near: NearDuplicates) -> dict:
-    return near.model_dump(mode="json", exclude={"exempt"})
-
-
-def _given_tokenizer(recipe: Recipe) -> tuple[str, str] | None:
-    """Path and kind of the tokenizer that the recipe names, if it is there; one that is trained comes after cleaning."""
-    spec = recipe.data.tokenizer
-    return (spec.path, spec.kind) if spec.path is not None and Path(spec.path).exists() else None
 
 
 @contextlib.contextmanager

@@ -32,6 +32,8 @@ class Stage:
     tasks: int
     bytes: int
     """Of input; decides whether processes are worth starting."""
+    weights: tuple[int, ...] = ()
+    """Cost of each task, relative to the others; the dearest are started first, so that none is left to run alone at the end."""
 
 
 POOL_MIN_BYTES = 4 << 20
@@ -61,6 +63,12 @@ class InProcess(PipelineExecutor):
 
 class Pool(LocalPipelineExecutor):
     """datatrove's local executor, silent: its log would tear a progress bar, and an error reaches the caller anyway."""
+
+    weights: tuple[int, ...] = ()
+
+    def get_incomplete_ranks(self, ranks: Any = None, skip_completed: bool | None = None) -> list[int]:
+        found = super().get_incomplete_ranks(ranks, skip_completed)
+        return sorted(found, key=lambda rank: -self.weights[rank]) if self.weights else found
 
     def _launch_run_for_rank(self, rank: int, ranks_q: Any, completed: Any = None, completed_lock: Any = None) -> Any:
         with quiet():
@@ -102,7 +110,9 @@ def run_local(stage: Stage, work: Path, workers: int) -> bool:
         # Not fork: the caller may have threads, which it does not survive. Only the package multiprocess is set, not Python's own.
         multiprocess.set_start_method("forkserver", force=True)
         multiprocess.set_forkserver_preload(PRELOADED)
-        Pool([stage.step], tasks=stage.tasks, workers=min(workers, stage.tasks), logging_dir=folder).run()
+        pool = Pool([stage.step], tasks=stage.tasks, workers=min(workers, stage.tasks), logging_dir=folder)
+        pool.weights = stage.weights
+        pool.run()
     return True
 
 

@@ -295,13 +295,23 @@ def test_counts_add_up_and_nothing_vanishes(drawn):
             assert all(entry["text"] == unchanged[entry["id"]] for entry in whole if entry["step"] in ("text", "code", "c4"))
 
 
+class Heard(Silent):
+    def __init__(self):
+        self.messages = []
+
+    def message(self, text):
+        self.messages.append(text)
+
+
 def test_bad_lines_are_set_aside_with_their_place(tmp_path):
     texts = {"web_a": ["good one", "good two"]}
     planted.write(tmp_path, texts)
     path = tmp_path / "raw" / "web_a_0.jsonl"
     path.write_bytes(path.read_bytes() + b'{"text": "a\\ud800"}\nno json\n{"other": 1}\n{"text": ""}\n\xff\xfe\n')
     made = planted.recipe(tmp_path, texts)
-    records = planted.run(tmp_path, made)
+    heard = Heard()
+    records = clean(made, tmp_path / "data", planted.inputs(tmp_path, made), heard, 1)
+    assert heard.messages == [f"web_a: 4 lines are no documents; see {tmp_path}/data/clean/web_a/quarantine/web_a.jsonl"]
     assert (records["web_a"].quarantined_lines, records["web_a"].empty_documents, records["web_a"].documents) == (4, 1, 2)
     entries = [json.loads(x) for x in (tmp_path / "data/clean/web_a/quarantine/web_a.jsonl").read_text().splitlines()]
     assert len(entries) == 5
@@ -381,6 +391,15 @@ def test_an_unknown_language_and_missing_classifiers(tmp_path):
     (tmp_path / "dclm.bin").write_bytes(b"model")
     message = refusal(tmp_path, TEXTS, **with_filters(gneissweb=gneissweb(tmp_path / "dclm.bin")))
     assert "classifiers need the package fasttext, which is not installed; pip install fasttext-numpy2-wheel" in message
+
+
+def test_a_tokenizer_that_is_not_there(tmp_path):
+    planted.write(tmp_path, TEXTS)
+    made = planted.recipe(tmp_path, TEXTS, **published())
+    tokenizer = made.data.tokenizer.model_copy(update={"path": str(tmp_path / "tokenizer.model")})
+    made = made.model_copy(update={"data": made.data.model_copy(update={"tokenizer": tokenizer})})
+    with pytest.raises(DataError, match="data.tokenizer.path: no .*data.cleaning.filters.web.gneissweb=null"):
+        planted.run(tmp_path, made)
 
 
 def test_a_source_that_cleaning_empties(tmp_path):
