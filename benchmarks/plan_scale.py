@@ -223,13 +223,13 @@ def markdown(results: list[Result], sources: int) -> str:
     for workers in sorted({r.workers for r in results}):
         own = [r for r in results if r.workers == workers]
         largest = max(own, key=lambda r: r.documents)
-        plan, plan_cpu, views, views_cpu = (
-            full_minutes([(r.documents, getattr(r, key)) for r in own])
-            for key in ("plan_seconds", "plan_cpu_seconds", "view_seconds", "view_cpu_seconds")
-        )
+        plan, views = (largest.divisor * seconds / 60 for seconds in (largest.plan_seconds, largest.view_seconds))
+        plan_cpu = full_minutes([(r.documents, r.plan_cpu_seconds) for r in own])
+        views_cpu = full_minutes([(r.documents, r.view_cpu_seconds) for r in own])
         lines.append(
-            f"Extrapolated with {workers} process{'es' * (workers > 1)}: the full size would be planned in {plan:.0f} minutes ({plan_cpu:.0f} "
-            f"of CPU) and its views built in {views:.0f} ({views_cpu:.0f} of CPU); the source indexes have "
+            f"Extrapolated with {workers} process{'es' * (workers > 1)}: the full size would take {plan_cpu:.0f} minutes of CPU to plan "
+            f"and {views_cpu:.0f} to build, on the line through the two largest sizes; in time, scaled up from 1/{largest.divisor} with "
+            f"this machine's disk and other load, {plan:.0f} and {views:.0f} minutes. The source indexes have "
             f"{largest.source_index_bytes * largest.divisor / 1e9:.0f} GB, those of the views "
             f"{20 * largest.view_documents * largest.divisor / 1e9:.0f} GB."
         )
