@@ -29,9 +29,9 @@ KNOWN_SPLITS = frozenset(
         r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
     }
 )
-"""Patterns that were read with this in mind: no alternative goes on from a letter to what CUT asks for behind it, none looks behind."""
-CUT = re.compile(r"[^\W\d_](?=[ \t\r\n.,;:!?()\[\]{}<>/+=*&#@\"%$|\\~`^。，、！？；：])")
-"""A letter, and behind it a character that is no letter, mark, number or apostrophe (contractions begin with one)."""
+"""Patterns that were read with this in mind: no alternative goes on from a letter or digit to what CUT asks for behind it, none looks behind."""
+CUT = re.compile(r"[^\W_](?=[ \t\r\n.,;:!?()\[\]{}<>/+=*&#@\"%$|\\~`^。，、！？；：])")
+"""A letter or ASCII digit, and behind it a character that is no letter, mark, number or apostrophe (contractions begin with one)."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Cutter:
 
     def _is_cut(self, text: str, cut: re.Match[str]) -> bool:
         end = cut.end()
-        return cut[0].isalpha() and not any(
+        return (cut[0].isalpha() or cut[0] in "0123456789") and not any(
             token in text[max(0, end - len(token) + 1) : end + len(token) - 1] for token in self.unbroken
         )
 

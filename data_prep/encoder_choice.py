@@ -17,7 +17,6 @@ from typing import Literal
 
 import numpy as np
 
-from data_prep import equality
 from data_prep.cuts import Cutter
 from data_prep.encoders import (
     Encoder,
@@ -30,10 +29,12 @@ from data_prep.encoders import (
 from data_prep.errors import DataError
 from data_prep.files import atomic_write, digest_of
 from data_prep.gigatoken_engine import Engine
+from data_prep.small_reference import SmallReference, merge_array, skeleton
 from data_prep.token_table import TokenTable
 
-CHECK_VERSION = 1
+CHECK_VERSION = 2
 """Of what is found out here; raise it when the same tokenizer would give another result."""
+TABLE_ARRAYS = ("kinds", "lengths", "suspects", "contents")
 UNICODE_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 ControlTokens = Literal["as_ids", "as_text"]
 
@@ -57,7 +58,9 @@ class Choice:
     unbroken: tuple[str, ...] = ()
     """Of the Cutter."""
     table: str = ""
-    """The .npz with the token table."""
+    """The .npz with the token table and the merges."""
+    skeleton: str = ""
+    """Of the small reference; empty where there can be none."""
     different_points: int = 0
     """Assigned code points that gigatoken and the reference read differently."""
     seconds: float = 0.0
@@ -102,10 +105,11 @@ def choose(kind: str, path: Path, control_tokens: ControlTokens) -> Choice:
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         pass  # not known yet, or written by another version
     started = time.monotonic()
-    choice, table = _find_out(content, str(path), sha256, control_tokens, file.with_suffix(".npz"))
+    choice, table, merges = _find_out(content, str(path), sha256, control_tokens, file.with_suffix(".npz"))
     if table is not None:
         with atomic_write(Path(choice.table)) as f:
-            np.savez(f, kinds=table.kinds, lengths=table.lengths, suspects=table.suspects)
+            arrays = {name: getattr(table, name) for name in TABLE_ARRAYS}
+            np.savez(f, **arrays, merges=np.zeros((0, 3), np.int32) if merges is None else merges)
     choice = Choice(**{**asdict(choice), "seconds": round(time.monotonic() - started, 2)})
     with atomic_write(file) as f:
         f.write(json.dumps(asdict(choice)).encode())
@@ -114,7 +118,9 @@ def choose(kind: str, path: Path, control_tokens: ControlTokens) -> Choice:
 
 def _find_out(
     content: bytes, path: str, sha256: str, control_tokens: ControlTokens, table_path: Path
-) -> tuple[Choice, TokenTable | None]:
+) -> tuple[Choice, TokenTable | None, np.ndarray | None]:
+    from data_prep import equality  # seldom needed
+
     config = json.loads(content)
     as_text = control_tokens == "as_text"
     reference = HuggingFaceReference(content, control_as_text=as_text)
@@ -136,8 +142,8 @@ def _find_out(
         unbroken=cutter.unbroken,
     )
 
-    def refuse(why: str) -> tuple[Choice, None]:
-        return Choice(**{**asdict(base), "why_not": why}), None
+    def refuse(why: str) -> tuple[Choice, None, None]:
+        return Choice(**{**asdict(base), "why_not": why}), None, None
 
     normalizer = config.get("normalizer")
     form = normalizer.get("type") if normalizer else None
@@ -161,14 +167,23 @@ def _find_out(
     suspects = np.sort(np.concatenate((suspects, different)))
     control = [token["id"] for token in added if token.get("special", False) or as_text]
     table = TokenTable.build(engine.vocab, control, suspects)
-    encoder = GigatokenEncoder(engine, table, reference, cutter, "text", form)
+    merges = merge_array(config)
+    small = None if merges is None else SmallReference(skeleton(config), table, merges, control_as_text=as_text)
+    encoder = GigatokenEncoder(engine, table, reference, cutter, "text", form, small)
     unequal = equality.differences(encoder, list(equality.awkward_texts(added)))
     if unequal:
         return refuse(f"gigatoken encodes {len(unequal)} test strings differently, the first: {unequal[0]!r}")
     chosen = Choice(
-        **{**asdict(base), "gigatoken": True, "normalizer": form, "table": str(table_path), "different_points": len(different)}
+        **asdict(base)
+        | {
+            "gigatoken": True,
+            "normalizer": form,
+            "table": str(table_path),
+            "skeleton": "" if merges is None else skeleton(config),
+            "different_points": len(different),
+        }
     )
-    return chosen, table
+    return chosen, table, merges
 
 
 def _different_points(engine: Engine, reference: HuggingFaceReference, points: np.ndarray, sha256: str) -> np.ndarray:
@@ -177,6 +192,8 @@ def _different_points(engine: Engine, reference: HuggingFaceReference, points: n
     try:
         return np.load(file)
     except (FileNotFoundError, ValueError):
+        from data_prep import equality
+
         found = equality.differing_points(engine, reference, points)
         with atomic_write(file) as f:
             np.save(f, found)
@@ -215,5 +232,8 @@ def make_encoder(choice: Choice, text_key: str, threads: int, memory_bytes: int)
     if isinstance(engine, str):
         raise DataError(f"{choice.path}: gigatoken cannot load it ({engine}), though it could before; delete {choice.table}")
     with np.load(choice.table) as arrays:
-        table = TokenTable(arrays["kinds"], arrays["lengths"], arrays["suspects"], engine.vocab)
-    return GigatokenEncoder(engine, table, reference, cutter, text_key, choice.normalizer)
+        table = TokenTable(**{name: arrays[name] for name in TABLE_ARRAYS})
+        merges = arrays["merges"]
+    as_text = choice.control_tokens == "as_text"
+    small = SmallReference(choice.skeleton, table, merges, control_as_text=as_text) if choice.skeleton else None
+    return GigatokenEncoder(engine, table, reference, cutter, text_key, choice.normalizer, small)

@@ -20,11 +20,14 @@ from data_prep.blocks import Block
 from data_prep.cuts import Cutter
 from data_prep.gigatoken_engine import Engine
 from data_prep.optional import need
+from data_prep.small_reference import SmallReference
 from data_prep.text_files import EMPTY, Reason, parse_line
 from data_prep.token_table import TokenTable
 
 REFERENCE_CHARS = 4 << 20
 """Encoded by the reference in one call at most: its results take some 100 bytes a token."""
+SMALL_CALLS = 64
+"""Of the small reference (milliseconds each); then the whole one (a third of a second) is worth loading."""
 MAX_STRETCH_CHARS = 8 << 20
 """A longer stretch without a place to cut (one word of 8 million letters) is quarantined: it would take hundreds of MB and minutes."""
 
@@ -158,10 +161,15 @@ class GigatokenEncoder:
         cutter: Cutter,
         text_key: str,
         normalizer: str | None = None,
+        small: SmallReference | None = None,
     ) -> None:
-        """`normalizer`: the Unicode form (NFC ...) that the tokenizer brings text to; text that has it already goes to gigatoken."""
+        """`normalizer`: the Unicode form (NFC ...) that the tokenizer brings text to; text that has it already goes to gigatoken.
+
+        `small` encodes short stretches until the whole reference is needed.
+        """
         self.engine, self.table, self.reference, self.cutter = engine, table, reference, cutter
-        self.text_key, self.normalizer = text_key, normalizer
+        self.text_key, self.normalizer, self._small = text_key, normalizer, small
+        self._small_calls = 0
         self.reads_lines = normalizer is None
 
     def encode(self, block: Block) -> Encoded:
@@ -206,6 +214,8 @@ class GigatokenEncoder:
 
     def outcomes(self, texts: Sequence[str], routed: Counter[str]) -> list[Outcome]:
         """What each text is encoded as."""
+        if not texts:
+            return []
         found: list[Outcome] = [EMPTY] * len(texts)
         fast, slow = [], []
         for number, text in enumerate(texts):
@@ -246,6 +256,8 @@ class GigatokenEncoder:
 
     def _exactly(self, texts: Sequence[str]) -> list[Outcome]:
         """Documents that gigatoken may encode differently: the reference gets the stretches where it may, where cuts are exact."""
+        if not texts:
+            return []
         pieces: list[tuple[str, bool]] = []
         starts = []
         for text in texts:
@@ -263,12 +275,20 @@ class GigatokenEncoder:
         ids, counts = self.engine.encode_texts([pieces[number][0] for number in fast])
         for number, part in zip(fast, np.split(ids, np.cumsum(counts)[:-1]) if fast else [], strict=True):
             found[number] = part
-        found.update(zip(slow, self.reference.encode([pieces[number][0] for number in slow]), strict=True))
+        found.update(zip(slow, self._by_reference([pieces[number][0] for number in slow]), strict=True))
         outcomes: list[Outcome] = []
         for begin, end in itertools.pairwise(bounds):
             parts = [found[number] for number in range(begin, end)]
             outcomes.append(_uncut([piece for piece, _ in pieces[begin:end]]) or np.concatenate(parts))
         return outcomes
+
+    def _by_reference(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if not texts:
+            return []
+        if self._small is not None and self._small_calls < SMALL_CALLS and self._small.takes(texts):
+            self._small_calls += 1
+            return self._small.encode(texts)
+        return self.reference.encode(texts)
 
     def _strictly(self, block: Block, extra: list[Outcome], routed: Counter[str]) -> Encoded:
         """A block whose lines have to be parsed here."""

@@ -19,6 +19,8 @@ from data_prep.blocks import Buffer
 from data_prep.optional import need
 
 PAGE_BYTES = 4096
+MIN_GROWTH_BYTES = 150 << 20
+"""A tokenizer is used until its words took this much: loading the next takes 0.3 s, in which 30 MB of text could be encoded."""
 
 Ids = tuple[np.ndarray, np.ndarray]
 """(token ids of all documents, uint32 [tokens]; tokens of each document, int64 [documents])"""
@@ -41,9 +43,13 @@ class Engine:
         self._native = need("gigatoken.gigatoken_rs")
         self._json = tokenizer_json
         self._memory_bytes = memory_bytes
-        self._lock = threading.Lock()
+        self._change = threading.Condition()
+        self._calls = 0
+        self._renewing = False
         self._tokenizer = self._native.load_hf_json(tokenizer_json)
+        self._fresh_bytes = rss_bytes()
         self.renewals = 0
+        """Times that a new tokenizer was loaded."""
 
     @property
     def backend(self) -> Any:
@@ -57,28 +63,44 @@ class Engine:
     def encode_lines(self, buffer: Buffer, text_key: str) -> Ids:
         """Ids of the JSON lines in a sealed buffer."""
         source = self._native.JsonlFileSource([buffer.path], field=text_key)
-        with _flat_results():
-            ids, counts = self._current().encode_files(source, parallel=True)
+        with self._tokenizer_in_use() as tokenizer, _flat_results():
+            ids, counts = tokenizer.encode_files(source, parallel=True)
         return ids, counts
 
     def encode_texts(self, texts: Sequence[str]) -> Ids:
         if not texts:
             return np.zeros(0, np.uint32), np.zeros(0, np.int64)
-        with _flat_results():
-            ids, counts = self._current().encode_batch(list(texts), parallel=True)
+        with self._tokenizer_in_use() as tokenizer, _flat_results():
+            ids, counts = tokenizer.encode_batch(list(texts), parallel=True)
         return ids, counts
 
-    def _current(self) -> Any:
-        if rss_bytes() > self._memory_bytes:
-            with self._lock:
-                if rss_bytes() > self._memory_bytes:
+    @contextlib.contextmanager
+    def _tokenizer_in_use(self) -> Iterator[Any]:
+        """The tokenizer for one call; when memory is used up, the last call under way ends first and a new one is loaded."""
+        with self._change:
+            self._change.wait_for(lambda: not self._renewing)
+            # A process that is large for other reasons (torch is loaded) must not load the tokenizer for every call.
+            if rss_bytes() > max(self._memory_bytes, self._fresh_bytes + MIN_GROWTH_BYTES):
+                self._renewing = True
+                self._change.wait_for(lambda: self._calls == 0)
+                try:
                     self._tokenizer = None  # its memory goes first, then the new one's comes
                     _trim()
                     self._tokenizer = self._native.load_hf_json(self._json)
-                    self.renewals += 1
-                return self._tokenizer
-        with self._lock:
-            return self._tokenizer
+                finally:
+                    self._renewing = False
+                    self._change.notify_all()
+                self._fresh_bytes = rss_bytes()
+                self.renewals += 1
+            self._calls += 1
+            tokenizer = self._tokenizer
+        try:
+            yield tokenizer
+        finally:
+            del tokenizer
+            with self._change:
+                self._calls -= 1
+                self._change.notify_all()
 
 
 def _trim() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -30,10 +30,11 @@ class TokenTable:
     lengths: np.ndarray
     """int32: bytes that the token stands for"""
     suspects: np.ndarray
-    vocab: dict[int, bytes] = field(default_factory=dict, repr=False)
-    """Token id -> bytes; only asked for at SUSPECT tokens."""
+    contents: np.ndarray
+    """uint8: the bytes of all tokens, one after the other."""
 
     def __post_init__(self) -> None:
+        self._starts = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
         self._sizes = np.where((self.kinds != 0) | (self.lengths >= LOOK), LOOK, self.lengths).astype(np.uint8)
         self._memo: dict[int, bool] = {}
 
@@ -50,7 +51,18 @@ class TokenTable:
                 kinds[number] |= SUSPECT
         for number in control_ids:
             kinds[number] |= CONTROL
-        return cls(kinds, lengths, suspects, vocab)
+        contents = np.frombuffer(b"".join(vocab.get(number, b"") for number in range(size)), np.uint8)
+        return cls(kinds, lengths, suspects, contents)
+
+    def bytes(self, number: int) -> bytes:
+        """What a token stands for."""
+        start = int(self._starts[number])
+        return self.contents[start : start + int(self.lengths[number])].tobytes()
+
+    @property
+    def single_bytes(self) -> np.ndarray:
+        """Tokens that stand for one byte."""
+        return np.flatnonzero(self.lengths == 1)
 
     def scan(self, ids: np.ndarray, counts: np.ndarray) -> tuple[int, dict[int, str]]:
         """(bytes that the tokens stand for, documents to look at twice -> cause) of ids uint32 [tokens], counts int64 [documents]."""
@@ -88,7 +100,7 @@ class TokenTable:
         for number, triple in enumerate(unique.tolist()):
             known = self._memo.get(triple)
             if known is None:
-                first, *rest = (self.vocab[(triple >> (shift * TOKEN_BITS)) & mask] for shift in range(3))
+                first, *rest = (self.bytes((triple >> (shift * TOKEN_BITS)) & mask) for shift in range(3))
                 known = _begins(first + b"".join(rest), len(first), self._whole)
                 if len(self._memo) >= MEMO:
                     self._memo.clear()
@@ -97,7 +109,7 @@ class TokenTable:
         return answers[inverse]
 
     def _has_suspect(self, window: np.ndarray) -> bool:
-        text = b"".join(self.vocab[number] for number in window.tolist()).decode(errors="ignore")
+        text = b"".join(map(self.bytes, window.tolist())).decode(errors="ignore")
         return any(self._is_suspect[ord(character)] for character in text)
 
     def spans(self, text: str) -> list[tuple[int, int]]:
@@ -105,7 +117,7 @@ class TokenTable:
         points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         found = [(place, place + 1) for place in np.flatnonzero(self._is_suspect[points]).tolist()]
         for number in np.flatnonzero(self.kinds & CONTROL).tolist():
-            content = self.vocab[number].decode()
+            content = self.bytes(number).decode()
             place = text.find(content)
             while place >= 0:
                 found.append((place, place + len(content)))
@@ -145,9 +157,11 @@ def _beginnings(suspects: np.ndarray) -> tuple[set[bytes], set[bytes]]:
 
 def _begins(content: bytes, end: int, whole: set[bytes]) -> bool:
     """Whether a suspect begins before `end`, by its first three bytes."""
-    return any(
-        content[start : start + (2 if content[start] < 0xE0 else 3)] in whole for start in range(end) if content[start] >= 0xC2
-    )
+    for start in range(end):
+        lead = content[start]
+        if lead >= 0xC2 and content[start : start + (2 if lead < 0xE0 else 3)] in whole:
+            return True
+    return False
 
 
 def _may_begin(content: bytes, whole: set[bytes], short: set[bytes]) -> bool:

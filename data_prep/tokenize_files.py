@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -31,7 +29,6 @@ from data_prep.indexed import bin_path, idx_path, optimal_dtype
 from data_prep.merge import Merge, file_xxh3
 from data_prep.progress import Progress, Silent
 from data_prep.records import Count, Record
-from data_prep.sample_check import prove_on_sample
 from data_prep.shards import Job, OnProgress, PieceRecord, Xxh3, run_in_worker, run_shard, start_worker
 from data_prep.text_files import is_packed, is_parquet
 
@@ -41,7 +38,7 @@ MEMORY_MB = 700
 """Of each process of up to THREADS_PER_PROCESS workers; a run with two workers then peaks below 800 MB."""
 MEMORY_MB_MIN = 450
 """Less does not hold a tokenizer of 100,000 entries and the blocks under way."""
-UNCOUNTED_MB = 150
+UNCOUNTED_MB = 220
 """A process may grow by this much (the words of the blocks under way) before its memory is looked at again."""
 THREADS_PER_PROCESS = 8
 """One process reads, checks and writes about as fast as eight threads encode; more workers are more processes."""
@@ -249,6 +246,8 @@ class _Run:
             self.progress.message(f"{self.name}: {len(self.plan) - len(todo)} of {len(self.plan)} shards are done already")
         choice = choose(job.choice.kind, Path(job.choice.path), job.choice.control_tokens)
         if choice.gigatoken and todo and (choice.seconds or total >= SAMPLE_FROM_BYTES):
+            from data_prep.sample_check import prove_on_sample
+
             self.encoder = make_encoder(choice, job.text_key, self.threads, job.memory_bytes)
             choice = prove_on_sample(choice, self.encoder, [file.path for file in self.inputs], job.text_key)
             if not choice.gigatoken:
@@ -273,6 +272,10 @@ class _Run:
             merge.add(number, run_shard(job, number, self.plan[number], encoder, done))
 
     def _in_processes(self, job: Job, todo: list[int], merge: Merge, done: OnProgress) -> None:
+        # Imported here, as elsewhere in this package what only some runs need: a start takes as long as it takes to encode 30 MB.
+        import multiprocessing
+        from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+
         self.encoder = None  # its memory is the workers' now
         context = multiprocessing.get_context("spawn")
         counts = context.SimpleQueue()

@@ -60,6 +60,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0; DataError (exit code 2) when the input or the tokenizer is refused."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy starts threads for linear algebra, which there is none of here
     from data_prep import tokenize_files
     from data_prep.errors import DataError
     from data_prep.progress import Shown
