@@ -76,6 +76,13 @@ def check(recipe: Recipe) -> None:
                 plan.weights(data, name, recipe.phase[name])
             except DataError as error:
                 problems.append(str(error))
+    if data.cleaning is not None:
+        from data_prep.clean import check as check_cleaning
+
+        try:
+            check_cleaning(recipe)
+        except DataError as error:
+            problems.append(str(error))
     if problems:
         raise DataError("\n".join(problems))
 
