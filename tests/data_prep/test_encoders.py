@@ -2,6 +2,9 @@
 
 import json
 import random
+import subprocess
+import sys
+import threading
 from collections import Counter
 
 import numpy as np
@@ -16,6 +19,7 @@ from data_prep.encoder_choice import choose, make_encoder
 from data_prep.encoders import HuggingFaceReference
 from data_prep.errors import DataError
 from data_prep.gigatoken_engine import Engine
+from data_prep.small_reference import merge_array
 from data_prep.text_files import Reason
 from data_prep.token_table import CONTROL, NUL, SUSPECT, TokenTable
 from data_prep.tokenizer_facts import facts
@@ -257,12 +261,102 @@ def test_the_table_finds_documents_by_their_tokens():
     assert table.scan(ids[:0], counts[:0]) == (0, {})
 
 
+# --- the small reference ---------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=100)
+@given(texts=st.lists(stretches, min_size=1, max_size=4), policy=st.sampled_from(["as_ids", "as_text"]))
+def test_the_small_reference_is_the_reference(folder, gpt2, texts, policy):
+    for one in (folder, gpt2):
+        small = encoder(one, policy)._small
+        whole = HuggingFaceReference(content(one), control_as_text=policy == "as_text")
+        assert [ids.tolist() for ids in small.encode(texts)] == [ids.tolist() for ids in whole.encode(texts)]
+
+
+def test_the_whole_reference_is_loaded_for_long_or_many_stretches(folder, monkeypatch):
+    found = encoder(folder)
+    found.outcomes([tokenizing.EOD], Counter())
+    assert found.reference._tokenizer is None
+    monkeypatch.setattr(encoders, "SMALL_CALLS", 1)
+    found.outcomes([tokenizing.EOD], Counter())
+    assert found.reference._tokenizer is not None
+    assert not found._small.takes(["a" * 3000])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"dropout": 0.1}, {"ignore_merges": True}, {"end_of_word_suffix": "</w>"}, {"merges": ["a nothing"]}, {"type": "Unigram"}],
+)
+def test_there_is_no_small_reference_of_other_kinds(folder, change):
+    config = json.loads(content(folder))
+    assert len(merge_array(config)) > 500
+    assert merge_array(config | {"model": config["model"] | change}) is None
+    assert merge_array(config | {"normalizer": {"type": "NFC"}}) is None
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------------------
+
+GROW = """
+import random, resource, sys
+from pathlib import Path
+from data_prep import gigatoken_engine
+rng, letters = random.Random(1), "abcdefghijklmnopqrstuvwxyz"
+gigatoken_engine.MIN_GROWTH_BYTES = int(sys.argv[2]) << 20
+engine = gigatoken_engine.Engine(Path(sys.argv[1]).read_bytes(), 0)
+before, tokens = gigatoken_engine.rss_bytes(), 0
+for _ in range(24):  # of half a million letters
+    words = "".join(rng.choices(letters, k=500_000))
+    ids, counts = engine.encode_texts([" ".join(words[n : n + 8] for n in range(0, len(words), 8))])
+    tokens += int(ids.sum())
+print(engine.renewals, (gigatoken_engine.rss_bytes() - before) >> 20, tokens)
+"""
+
+
+def test_memory_stays_bounded_on_random_words_and_nothing_else_changes(folder):
+    """12 MB of words that never come again; the cache of words would take 140 MB."""
+
+    def grow(limit_mb):
+        done = subprocess.run(
+            [sys.executable, "-c", GROW, str(folder / "tokenizer.json"), str(limit_mb)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return map(int, done.stdout.split())
+
+    renewals, growth, tokens = grow(30)
+    free_renewals, free_growth, free_tokens = grow(100_000)
+    assert tokens == free_tokens
+    assert free_renewals == 0
+    assert renewals >= 2
+    assert growth < 70 < free_growth
+
+
+def test_calls_under_way_end_before_the_tokenizer_is_loaded_anew(folder, monkeypatch):
+    monkeypatch.setattr("data_prep.gigatoken_engine.MIN_GROWTH_BYTES", -(1 << 40))  # always
+    engine = Engine(content(folder), 0)
+    expected = Engine(content(folder), 1 << 40).encode_texts(["some words"])[0].tolist()
+    results = []
+    threads = [
+        threading.Thread(
+            target=lambda: results.extend(engine.encode_texts(["some words"])[0].tolist() == expected for _ in range(5))
+        )
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [True] * 20
+    assert engine.renewals == 20
+    assert "awkward" not in sys.modules or hasattr(sys.modules["awkward"], "__version__")
+
+
 # --- facts -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_plain_folders_need_no_transformers_and_others_ask_it(folder, tmp_path, monkeypatch):
     import shutil
-    import subprocess
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     calls, original = [], subprocess.run
