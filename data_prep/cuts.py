@@ -8,7 +8,7 @@ position is a cut.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ KNOWN_SPLITS = frozenset(
         r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
     }
 )
-"""Patterns that were read with this in mind: no alternative goes on from a letter or digit to what CUT asks for behind it, none looks behind."""
+"""Patterns read with this in mind: no alternative goes on from a letter or digit to what CUT asks for behind it, none looks behind."""
 CUT = re.compile(r"[^\W_](?=[ \t\r\n.,;:!?()\[\]{}<>/+=*&#@\"%$|\\~`^。，、！？；：])")
 """A letter or ASCII digit, and behind it a character that is no letter, mark, number or apostrophe (contractions begin with one)."""
 
@@ -50,27 +50,16 @@ class Cutter:
         exact = _splits_by_known_patterns(config) and not any(token.get("single_word") for token in added)
         return cls(exact, tuple(token["content"] for token in added if CUT.search(token["content"])))
 
-    def cut_all(self, texts: Sequence[str]) -> tuple[Sequence[str], list[int] | None]:
-        """The pieces of all texts, and where each text's begin (None: nothing was cut)."""
-        if not self.exact or all(len(text) <= LONG_TEXT_CHARS for text in texts):
-            return texts, None
-        pieces: list[str] = []
-        starts = []
-        for text in texts:
-            starts.append(len(pieces))
-            pieces += self.cut(text)
-        return pieces, starts
-
-    def cut(self, text: str) -> list[str]:
+    def pieces(self, text: str) -> Iterator[str]:
         """`text` in pieces of about LONG_TEXT_CHARS; a stretch without a place to cut stays whole."""
-        pieces, start = [], 0
-        while len(text) - start > LONG_TEXT_CHARS:
+        start = 0
+        while self.exact and len(text) - start > LONG_TEXT_CHARS:
             end = self._next(text, start + LONG_TEXT_CHARS)
             if end is None:
                 break
-            pieces.append(text[start:end])
+            yield text[start:end]
             start = end
-        return [*pieces, text[start:]]
+        yield text[start:]
 
     def isolate(self, text: str, spans: Iterable[tuple[int, int]]) -> list[tuple[str, bool]]:
         """`text` in pieces, each with whether it holds one of `spans` (start, end; in order); they reach from cut to cut."""

@@ -10,20 +10,22 @@ from __future__ import annotations
 import itertools
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
 from data_prep.blocks import Block
-from data_prep.cuts import Cutter
+from data_prep.cuts import LONG_TEXT_CHARS, Cutter
 from data_prep.gigatoken_engine import Engine
 from data_prep.optional import need
 from data_prep.small_reference import SmallReference
 from data_prep.text_files import EMPTY, Reason, parse_line
 from data_prep.token_table import TokenTable
 
+PIECES_TOGETHER = 8
+"""Of a long text: enough for the threads of a process, and no more of it in memory than needed."""
 REFERENCE_CHARS = 4 << 20
 """Encoded by the reference in one call at most: its results take some 100 bytes a token."""
 SMALL_CALLS = 64
@@ -127,27 +129,32 @@ class ReferenceEncoder:
         return _joined(block, self.outcomes([text for _, text, _ in block.extra], Counter()), Counter())
 
     def outcomes(self, texts: Sequence[str], routed: Counter[str]) -> list[Outcome]:
-        return encode_cut(self.reference, self.cutter, texts)
+        return in_pieces(self.cutter, texts, self.reference.encode)
 
 
-def encode_cut(reference: Reference, cutter: Cutter | None, texts: Sequence[str]) -> list[Outcome]:
-    """The reference's ids of each text, long ones encoded in pieces."""
-    if cutter is None:
-        return list(reference.encode(texts))
-    pieces, starts = cutter.cut_all(texts)
-    if starts is None:
-        return list(reference.encode(texts))
-    return [
-        _uncut(parts) or np.concatenate(reference.encode(parts))
-        for parts in (pieces[a:b] for a, b in zip(starts, [*starts[1:], len(pieces)], strict=True))
-    ]
+def in_pieces(
+    cutter: Cutter | None, texts: Sequence[str], encode: Callable[[Sequence[str]], Sequence[np.ndarray]]
+) -> list[Outcome]:
+    """What `encode` gives for each text; long ones go through it cut, a few pieces at a time."""
+    if cutter is None or not cutter.exact:
+        return list(encode(texts))
+    found: list[Outcome] = [EMPTY] * len(texts)
+    short = [number for number, text in enumerate(texts) if len(text) <= LONG_TEXT_CHARS]
+    for number, ids in zip(short, encode([texts[number] for number in short]), strict=True):
+        found[number] = ids
+    for number in sorted(set(range(len(texts))) - set(short)):
+        found[number] = _long(cutter, texts[number], encode)
+    return found
 
 
-def _uncut(pieces: Sequence[str]) -> Reason | None:
-    longest = max(map(len, pieces))
-    if longest > MAX_STRETCH_CHARS:
-        return Reason("stretch too long", f"{longest} characters without a place to cut, at most {MAX_STRETCH_CHARS}")
-    return None
+def _long(cutter: Cutter, text: str, encode: Callable[[Sequence[str]], Sequence[np.ndarray]]) -> Outcome:
+    parts: list[np.ndarray] = []
+    for pieces in itertools.batched(cutter.pieces(text), PIECES_TOGETHER):
+        longest = max(map(len, pieces))
+        if longest > MAX_STRETCH_CHARS:
+            return Reason("stretch too long", f"{longest} characters without a place to cut, at most {MAX_STRETCH_CHARS}")
+        parts += encode(pieces)
+    return np.concatenate(parts)
 
 
 class GigatokenEncoder:
@@ -216,7 +223,14 @@ class GigatokenEncoder:
         """What each text is encoded as."""
         if not texts:
             return []
-        found: list[Outcome] = [EMPTY] * len(texts)
+
+        def encode(some: Sequence[str]) -> list[np.ndarray]:
+            return self._encode_texts(some, routed)
+
+        return in_pieces(self.cutter, texts, encode)
+
+    def _encode_texts(self, texts: Sequence[str], routed: Counter[str]) -> list[np.ndarray]:
+        found: dict[int, np.ndarray] = {}
         fast, slow = [], []
         for number, text in enumerate(texts):
             if self.normalizer and not text.isascii() and not unicodedata.is_normalized(self.normalizer, text):
@@ -224,24 +238,8 @@ class GigatokenEncoder:
                 routed["not normalized"] += 1
             else:
                 fast.append(number)
-        pieces, starts = self.cutter.cut_all([texts[n] for n in fast])
-        if starts is not None:
-            bounds = [*starts, len(pieces)]
-            whole = []
-            for position, number in enumerate(fast):
-                parts = pieces[bounds[position] : bounds[position + 1]]
-                reason = _uncut(parts)
-                if reason:
-                    found[number] = reason
-                else:
-                    whole.append((number, parts))
-            fast = [number for number, _ in whole]
-            pieces = [piece for _, parts in whole for piece in parts]
-            starts = np.cumsum([0, *(len(parts) for _, parts in whole)])[:-1].tolist()
-        ids, counts = self.engine.encode_texts(pieces)
-        if starts is not None and len(starts):
-            counts = np.add.reduceat(counts, starts)
-        flagged = self.table.scan(ids, counts)[1] if fast else {}
+        ids, counts = self.engine.encode_texts([texts[number] for number in fast])
+        flagged = self.table.scan(ids, counts)[1]
         end = 0
         for position, number in enumerate(fast):
             begin, end = end, end + int(counts[position])
@@ -250,37 +248,26 @@ class GigatokenEncoder:
                 routed[flagged[position]] += 1
             else:
                 found[number] = ids[begin:end]
-        for number, outcome in zip(slow, self._exactly([texts[n] for n in slow]), strict=True):
-            found[number] = outcome
-        return found
+        found.update(zip(slow, self._exactly([texts[number] for number in slow]), strict=True))
+        return [found[number] for number in range(len(texts))]
 
-    def _exactly(self, texts: Sequence[str]) -> list[Outcome]:
+    def _exactly(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Documents that gigatoken may encode differently: the reference gets the stretches where it may, where cuts are exact."""
         if not texts:
             return []
         pieces: list[tuple[str, bool]] = []
         starts = []
         for text in texts:
-            spans = self.table.spans(text)
             starts.append(len(pieces))
-            if spans and self.cutter.exact:
-                isolated = self.cutter.isolate(text, spans)
-                pieces += [(part, slow) for piece, slow in isolated for part in self.cutter.cut(piece)]
-            else:
-                pieces += [(part, True) for part in self.cutter.cut(text)]
-        bounds = [*starts, len(pieces)]
+            spans = self.table.spans(text) if self.cutter.exact else []
+            pieces += self.cutter.isolate(text, spans) if spans else [(text, True)]
         fast = [number for number, (_, slow) in enumerate(pieces) if not slow]
         slow = [number for number, (_, slow) in enumerate(pieces) if slow]
-        found: dict[int, np.ndarray] = {}
         ids, counts = self.engine.encode_texts([pieces[number][0] for number in fast])
-        for number, part in zip(fast, np.split(ids, np.cumsum(counts)[:-1]) if fast else [], strict=True):
-            found[number] = part
+        found = dict(zip(fast, np.split(ids, np.cumsum(counts)[:-1]) if fast else [], strict=True))
         found.update(zip(slow, self._by_reference([pieces[number][0] for number in slow]), strict=True))
-        outcomes: list[Outcome] = []
-        for begin, end in itertools.pairwise(bounds):
-            parts = [found[number] for number in range(begin, end)]
-            outcomes.append(_uncut([piece for piece, _ in pieces[begin:end]]) or np.concatenate(parts))
-        return outcomes
+        bounds = itertools.pairwise([*starts, len(pieces)])
+        return [np.concatenate([found[number] for number in range(begin, end)]) for begin, end in bounds]
 
     def _by_reference(self, texts: Sequence[str]) -> list[np.ndarray]:
         if not texts:
@@ -378,7 +365,7 @@ def _joined(block: Block, outcomes: list[Outcome], routed: Counter[str], table: 
             places.append(place)
             size += _utf8_size(text)
             control += table.count_control(outcome) if table else 0
-    ids = np.concatenate(good) if good else np.zeros(0, np.uint32)
+    ids = good[0] if len(good) == 1 else np.concatenate(good or [np.zeros(0, np.uint32)])  # one is long: no copy of it
     return Encoded(ids, np.array([len(o) for o in good], np.int64), places, bad, size, routed, control)
 
 

@@ -32,6 +32,8 @@ ENCODER_THREADS = 4
 """With two, gigatoken's threads had no block for a fifth of the time: what is done to a block before and after waits for Python's lock."""
 BLOCKS_UNDER_WAY = ENCODER_THREADS + 2
 """Those being encoded, one ready for them, one being read."""
+LARGE_CHARS = 16 << 20
+"""Blocks with a document of this size are encoded one at a time: each takes ten times its size in memory."""
 WRITEBACK_BYTES = 32 << 20
 SYNC_FILE_RANGE_WRITE = 2
 
@@ -213,6 +215,7 @@ class _Pipeline:
         self._blocks: queue.Queue[Any] = queue.Queue()
         self._results: queue.Queue[Any] = queue.Queue()
         self._slots = threading.Semaphore(BLOCKS_UNDER_WAY)
+        self._large = threading.Semaphore(1)
         self._stopped = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -244,6 +247,7 @@ class _Pipeline:
         """End the threads, also when they have not finished."""
         self._stopped.set()
         self._slots.release(BLOCKS_UNDER_WAY)
+        self._large.release()
         for _ in range(ENCODER_THREADS):
             self._blocks.put(None)
         for thread in self._threads:
@@ -264,6 +268,8 @@ class _Pipeline:
     def _read(self) -> None:
         for number, block in enumerate(self.reader.blocks()):
             self._slots.acquire()
+            if block.extra_bytes > LARGE_CHARS:
+                self._large.acquire()
             if self._stopped.is_set():
                 return
             self._blocks.put((number, block))
@@ -275,10 +281,14 @@ class _Pipeline:
             number, block = item
             encoded = encoder.encode(block)
             self.reader.release(block)
+            large = block.extra_bytes > LARGE_CHARS
+            block.extra.clear()
             counts, tokens = packed(encoded, self.job)
             done = _Done(counts, encoded.bad, encoded.text_bytes, encoded.routed, encoded.control_tokens, block.read_bytes)
             self._results.put((number, done, tokens))
-            del item, block, encoded, tokens
+            del item, block, encoded, tokens, done
+            if large:
+                self._large.release()
         self._results.put(None)
 
 
