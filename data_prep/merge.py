@@ -176,7 +176,8 @@ class Merge:
                         "line": base[bad["piece"]] + bad["line"],
                         "reason": bad["reason"],
                     }
-                    out.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+                    # A lone surrogate (in the name of a key) is written as its escape.
+                    out.write(json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
                     if first is None and bad["kind"] != "empty document":
                         first = entry
         return first
