@@ -92,9 +92,10 @@ class Cutter:
         while True:
             low = max(floor, limit - reach)
             # One character beyond the limit, because a cut is told by the character behind it.
-            found = [cut.end() for cut in CUT.finditer(text, low, limit + 1) if cut.end() <= limit and self._is_cut(text, cut)]
-            if found or low == floor:
-                return found[-1] if found else floor
+            found = [cut for cut in CUT.finditer(text, low, limit + 1) if cut.end() <= limit]
+            end = next((cut.end() for cut in reversed(found) if self._is_cut(text, cut)), None)
+            if end is not None or low == floor:
+                return floor if end is None else end
             reach *= 8
 
     def _next(self, text: str, start: int) -> int | None:

@@ -11,7 +11,8 @@ import json
 import os
 import time
 import unicodedata
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -32,9 +33,9 @@ from data_prep.gigatoken_engine import Engine
 from data_prep.small_reference import SmallReference, merge_array, skeleton
 from data_prep.token_table import TokenTable
 
-CHECK_VERSION = 2
+CHECK_VERSION = 3
 """Of what is found out here; raise it when the same tokenizer would give another result."""
-TABLE_ARRAYS = ("kinds", "lengths", "suspects", "contents")
+TABLE_ARRAYS = tuple(field.name for field in fields(TokenTable))
 UNICODE_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 ControlTokens = Literal["as_ids", "as_text"]
 
@@ -88,10 +89,26 @@ def versions() -> dict[str, str]:
     return found
 
 
+def tokenizer_sha256(path: Path) -> str:
+    """SHA-256 of a tokenizer's file, read once while its size and time stay; DataError when it cannot be read."""
+    try:
+        stat = path.stat()
+        return _sha256(str(path), stat.st_size, stat.st_mtime_ns)
+    except OSError as error:
+        raise DataError(
+            f"{path}: the tokenizer cannot be read ({error.strerror}); name a folder with tokenizer.json or a .model"
+        ) from None
+
+
+@cache
+def _sha256(path: str, size: int, mtime_ns: int) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
 def choose(kind: str, path: Path, control_tokens: ControlTokens) -> Choice:
     """How to encode with the .model or tokenizer.json at `path`."""
-    content = path.read_bytes()
-    sha256 = hashlib.sha256(content).hexdigest()
+    sha256 = tokenizer_sha256(path)
     if kind == "sentencepiece":
         return Choice(kind, str(path), sha256, control_tokens, False, "a SentencePiece model")
     key = digest_of({"sha256": sha256, "control_tokens": control_tokens, "versions": versions()})
@@ -105,7 +122,7 @@ def choose(kind: str, path: Path, control_tokens: ControlTokens) -> Choice:
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         pass  # not known yet, or written by another version
     started = time.monotonic()
-    choice, table, merges = _find_out(content, str(path), sha256, control_tokens, file.with_suffix(".npz"))
+    choice, table, merges = _find_out(path.read_bytes(), str(path), sha256, control_tokens, file.with_suffix(".npz"))
     if table is not None:
         with atomic_write(Path(choice.table)) as f:
             arrays = {name: getattr(table, name) for name in TABLE_ARRAYS}
@@ -222,7 +239,7 @@ def make_encoder(choice: Choice, text_key: str, threads: int, memory_bytes: int)
     if choice.kind == "sentencepiece":
         return ReferenceEncoder(SentencePieceReference(choice.path, threads), None)
     content = Path(choice.path).read_bytes()
-    if hashlib.sha256(content).hexdigest() != choice.sha256:
+    if tokenizer_sha256(Path(choice.path)) != choice.sha256:
         raise DataError(f"{choice.path}: the file changed while it was in use; run the command again")
     reference = HuggingFaceReference(content, control_as_text=choice.control_tokens == "as_text")
     cutter = Cutter(choice.exact_cuts, choice.unbroken)

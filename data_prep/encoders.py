@@ -8,6 +8,7 @@ per token finds the documents that the reference has to encode (data_prep.token_
 from __future__ import annotations
 
 import itertools
+import threading
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -69,18 +70,20 @@ class HuggingFaceReference:
     def __init__(self, tokenizer_json: bytes, *, control_as_text: bool) -> None:
         self._json, self._control_as_text = tokenizer_json, control_as_text
         self._tokenizer: Any = None
+        self._loading = threading.Lock()
 
     @property
     def tokenizer(self) -> Any:
-        if self._tokenizer is None:
-            import tokenizers
+        with self._loading:
+            if self._tokenizer is None:
+                import tokenizers
 
-            loaded = tokenizers.Tokenizer.from_str(self._json.decode())
-            loaded.no_truncation()
-            loaded.no_padding()
-            loaded.encode_special_tokens = self._control_as_text
-            self._tokenizer = loaded
-        return self._tokenizer
+                loaded = tokenizers.Tokenizer.from_str(self._json.decode())
+                loaded.no_truncation()
+                loaded.no_padding()
+                loaded.encode_special_tokens = self._control_as_text
+                self._tokenizer = loaded
+            return self._tokenizer
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         found: list[np.ndarray] = []

@@ -52,7 +52,7 @@ class SmallReference:
 
     def __init__(self, skeleton: str, table: TokenTable, merges: np.ndarray, *, control_as_text: bool) -> None:
         self._config, self._table, self._control_as_text = json.loads(skeleton), table, control_as_text
-        self._left, self._right, self._merged = merges.T
+        self._left, self._right, self._merged = map(np.ascontiguousarray, merges.T)
         self._characters = byte_characters()
 
     def takes(self, texts: Sequence[str]) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -15,10 +14,6 @@ LOOK = 255
 """In `sizes`: look at `kinds` and `lengths`."""
 WINDOW = 4
 """Tokens that a code point (4 bytes at most) may reach over."""
-TOKEN_BITS = 21
-"""Of a token id, so that three fit into an uint64; vocabularies are smaller than two million."""
-MEMO = 1 << 18
-"""Triples of tokens whose answer is kept: some 30 MB."""
 
 
 @dataclass
@@ -32,11 +27,25 @@ class TokenTable:
     suspects: np.ndarray
     contents: np.ndarray
     """uint8: the bytes of all tokens, one after the other."""
+    tails: np.ndarray
+    """uint32: what a SUSPECT token ends with that may go on to a suspect, in the upper places of 24 bits."""
+    tail_lengths: np.ndarray
+    """uint8: bytes of it; 0 where the beginning of a suspect stands inside of the token."""
+    two_bytes: np.ndarray
+    """bool: whether it begins a code point of two bytes."""
+    beginnings: np.ndarray
+    """uint32, sorted, not [vocab]: the first three bytes of suspects (two of code points that have two)."""
 
     def __post_init__(self) -> None:
         self._starts = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
+        # Made here and not when first asked for: several threads would ask at once.
+        content = np.append(self.contents, np.zeros(2, np.uint8)).astype(np.uint32)
+        first = np.where(self.lengths >= 1, content[self._starts], 0)
+        self._heads = (first << 8) | np.where(self.lengths >= 2, content[self._starts + 1], 0)
+        """uint32: first byte << 8 | second byte of each token, 0 where there is none"""
+        self._is_suspect = np.zeros(0x110000, dtype=bool)
+        self._is_suspect[self.suspects] = True
         self._sizes = np.where((self.kinds != 0) | (self.lengths >= LOOK), LOOK, self.lengths).astype(np.uint8)
-        self._memo: dict[int, bool] = {}
 
     @classmethod
     def build(cls, vocab: dict[int, bytes], control_ids: Iterable[int], suspects: np.ndarray) -> TokenTable:
@@ -51,8 +60,21 @@ class TokenTable:
                 kinds[number] |= SUSPECT
         for number in control_ids:
             kinds[number] |= CONTROL
-        contents = np.frombuffer(b"".join(vocab.get(number, b"") for number in range(size)), np.uint8)
-        return cls(kinds, lengths, suspects, contents)
+        tails, tail_lengths, two_bytes = np.zeros(size, np.uint32), np.zeros(size, np.uint8), np.zeros(size, bool)
+        for number in np.flatnonzero(kinds & SUSPECT).tolist():
+            content = vocab[number]
+            tail = next((content[-n:] for n in (2, 1) if content[-n:] in short and not _begins(content, whole)), b"")
+            tails[number], tail_lengths[number], two_bytes[number] = _packed(tail), len(tail), tail[:1] < b"\xe0"
+        return cls(
+            kinds,
+            lengths,
+            suspects,
+            np.frombuffer(b"".join(vocab.get(number, b"") for number in range(size)), np.uint8),
+            tails,
+            tail_lengths,
+            two_bytes,
+            np.array(sorted(map(_packed, whole)), dtype=np.uint32),
+        )
 
     def bytes(self, number: int) -> bytes:
         """What a token stands for."""
@@ -89,24 +111,20 @@ class TokenTable:
         return total, flagged
 
     def _may_begin_suspect(self, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Of SUSPECT tokens at `positions`, whether the first three bytes of a suspect follow; each triple of tokens is looked at once."""
+        """Of SUSPECT tokens at `positions`, whether the first three bytes of a suspect stand there."""
         last = len(ids) - 1
-        triples = ids[positions].astype(np.uint64)
-        for shift in (1, 2):
-            triples |= ids[np.minimum(positions + shift, last)].astype(np.uint64) << np.uint64(shift * TOKEN_BITS)
-        unique, inverse = np.unique(triples, return_inverse=True)
-        answers = np.empty(len(unique), dtype=bool)
-        mask = (1 << TOKEN_BITS) - 1
-        for number, triple in enumerate(unique.tolist()):
-            known = self._memo.get(triple)
-            if known is None:
-                first, *rest = (self.bytes((triple >> (shift * TOKEN_BITS)) & mask) for shift in range(3))
-                known = _begins(first + b"".join(rest), len(first), self._whole)
-                if len(self._memo) >= MEMO:
-                    self._memo.clear()
-                self._memo[triple] = known
-            answers[number] = known
-        return answers[inverse]
+        here, after, later = (ids[np.minimum(positions + n, last)] for n in range(3))
+        # The two bytes that follow, from one token or from two.
+        heads = self._heads
+        follows = np.where(self.lengths[after] >= 2, heads[after], (heads[after] & 0xFF00) | (heads[later] >> 8))
+        found = self.tails[here]
+        key = np.where(
+            self.tail_lengths[here] == 2,
+            found | (follows >> 8),
+            found | np.where(self.two_bytes[here], follows & 0xFF00, follows),
+        )
+        where = np.minimum(np.searchsorted(self.beginnings, key), len(self.beginnings) - 1)
+        return (self.tail_lengths[here] == 0) | (self.beginnings[where] == key)
 
     def _has_suspect(self, window: np.ndarray) -> bool:
         text = b"".join(map(self.bytes, window.tolist())).decode(errors="ignore")
@@ -123,17 +141,6 @@ class TokenTable:
                 found.append((place, place + len(content)))
                 place = text.find(content, place + 1)
         return sorted(found)
-
-    @cached_property
-    def _is_suspect(self) -> np.ndarray:
-        """bool [code points]"""
-        answers = np.zeros(0x110000, dtype=bool)
-        answers[self.suspects] = True
-        return answers
-
-    @cached_property
-    def _whole(self) -> set[bytes]:
-        return _beginnings(self.suspects)[0]
 
     def bytes_of(self, ids: np.ndarray) -> int:
         return int(self.lengths[ids].sum(dtype=np.int64))
@@ -155,20 +162,18 @@ def _beginnings(suspects: np.ndarray) -> tuple[set[bytes], set[bytes]]:
     return whole, short
 
 
-def _begins(content: bytes, end: int, whole: set[bytes]) -> bool:
-    """Whether a suspect begins before `end`, by its first three bytes."""
-    for start in range(end):
-        lead = content[start]
-        if lead >= 0xC2 and content[start : start + (2 if lead < 0xE0 else 3)] in whole:
-            return True
-    return False
+def _begins(content: bytes, whole: set[bytes]) -> bool:
+    """Whether the beginning of a suspect stands in `content`."""
+    return any(
+        content[start : start + (2 if lead < 0xE0 else 3)] in whole for start, lead in enumerate(content) if lead >= 0xC2
+    )
 
 
 def _may_begin(content: bytes, whole: set[bytes], short: set[bytes]) -> bool:
-    for start, lead in enumerate(content):
-        if lead >= 0xC2:
-            reach = 2 if lead < 0xE0 else 3
-            part = content[start : start + reach]
-            if part in (whole if len(part) == reach else short):
-                return True
-    return False
+    """Whether a suspect begins in `content`, or may begin at its end."""
+    return _begins(content, whole) or content[-1:] in short or content[-2:] in short
+
+
+def _packed(beginning: bytes) -> int:
+    """Up to three bytes in the upper places of 24 bits."""
+    return int.from_bytes(beginning.ljust(3, b"\0"), "big")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import Field
 
 from data_prep.blocks import BLOCK_BYTES, SHARD_BYTES, Piece, plan_shards, xxh3
-from data_prep.encoder_choice import Choice, ControlTokens, choose, make_encoder, versions
+from data_prep.encoder_choice import Choice, ControlTokens, choose, make_encoder, tokenizer_sha256, versions
 from data_prep.encoders import Encoder
 from data_prep.errors import DataError
 from data_prep.files import (
@@ -152,7 +151,7 @@ def tokenize_files(
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with _only_writer(prefix, progress):
         file = tokenizer.path / "tokenizer.json" if tokenizer.path.is_dir() else tokenizer.path
-        sha256 = _digest(file)
+        sha256 = tokenizer_sha256(file)
         settings = digest_of(
             {
                 "version": VERSION,
@@ -388,15 +387,6 @@ def _inputs(paths: Sequence[Path]) -> list[TokenizedInput]:
             raise DataError(f"{path} and {other} are the same file; name each input once")
         inputs.append(TokenizedInput(path=str(path), bytes=stat.st_size, mtime_ns=stat.st_mtime_ns))
     return inputs
-
-
-def _digest(file: Path) -> str:
-    try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-    except OSError as error:
-        raise DataError(
-            f"{file}: the tokenizer cannot be read ({error.strerror}); name a folder with tokenizer.json or a .model"
-        ) from None
 
 
 def piece_digest(piece: Piece) -> str:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.encoder_choice import cache_folder
+from data_prep.encoder_choice import cache_folder, tokenizer_sha256
 from data_prep.errors import DataError
 from data_prep.files import atomic_write
 
@@ -96,7 +96,7 @@ def _key(folder: Path) -> str:
     for file in sorted(folder.glob("*")):
         # Weights may lie beside a tokenizer; its own files are text.
         if file.suffix in (".json", ".jinja", ".model", ".txt", ".tiktoken") and file.is_file():
-            digest.update(f"{file.name}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+            digest.update(f"{file.name}\0".encode() + tokenizer_sha256(file).encode())
     return digest.hexdigest()[:32]
 
 
