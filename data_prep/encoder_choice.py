@@ -28,8 +28,8 @@ from data_prep.encoders import (
     gigatoken_engine,
 )
 from data_prep.errors import DataError
-from data_prep.files import atomic_write, digest_of
 from data_prep.gigatoken_engine import Engine
+from data_prep.plain_files import atomic_write, digest_of
 from data_prep.small_reference import SmallReference, merge_array, skeleton
 from data_prep.token_table import TokenTable
 

@@ -6,18 +6,49 @@ before each job would cost more than it saves; the full digest is still recorded
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
-import json
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from data_prep.errors import DataError
+from data_prep.plain_files import (
+    atomic_write,
+    canonical_json,
+    digest_of,
+    exclusive_lock,
+    file_sha256,
+    remove_leftovers,
+    replace_symlink,
+    temporary_name,
+    write_bytes,
+    write_json,
+)
+
+__all__ = [
+    "FULL_DIGEST_MAX_BYTES",
+    "SAMPLED_BLOCKS",
+    "SAMPLED_BLOCK_BYTES",
+    "FileRecord",
+    "SampledDigest",
+    "Sha256",
+    "Strict",
+    "atomic_write",
+    "canonical_json",
+    "digest_of",
+    "exclusive_lock",
+    "file_sha256",
+    "record_file",
+    "remove_leftovers",
+    "replace_symlink",
+    "sampled_sha256",
+    "temporary_name",
+    "verify_file",
+    "write_bytes",
+    "write_json",
+]
 
 FULL_DIGEST_MAX_BYTES = 1 << 30
 """Files up to 1 GiB are verified in full (about a second at disk speed); larger ones by sample."""
@@ -47,21 +78,6 @@ class FileRecord(Strict):
     sha256: Sha256
     sampled: SampledDigest | None = None
     """Only for files above FULL_DIGEST_MAX_BYTES."""
-
-
-def canonical_json(value: Any) -> bytes:
-    """The one spelling of a JSON value that digests are taken of: sorted keys, no spaces, UTF-8."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-
-
-def digest_of(value: Any) -> str:
-    """SHA-256 of the canonical JSON of `value`, in hex."""
-    return hashlib.sha256(canonical_json(value)).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def sampled_sha256(path: Path, blocks: int = SAMPLED_BLOCKS, block_bytes: int = SAMPLED_BLOCK_BYTES) -> str:
@@ -110,79 +126,3 @@ def verify_file(
     if found != expected:
         kind = "sampled SHA-256" if sampled else "SHA-256"
         raise DataError(f"{path}: {kind} {found}, the record says {expected}: the content was altered or swapped; {remedy}")
-
-
-def temporary_name(path: Path) -> Path:
-    """The name that a file has while it is written; leftovers of a killed run are found by `remove_leftovers`."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def remove_leftovers(folder: Path) -> int:
-    """Delete temporary files of killed runs below `folder` (call it under the data root's lock); returns how many."""
-    count = 0
-    for path in folder.rglob(".*.tmp"):
-        path.unlink()
-        count += 1
-    return count
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that appears under `path` only when complete and on disk; nothing is left behind on an exception."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
-    try:
-        with open(temporary, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself must survive a power cut
-    finally:
-        os.close(folder)
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    with atomic_write(path) as f:
-        f.write(content)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_bytes(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-
-
-def replace_symlink(path: Path, target: str) -> None:
-    """Make `path` a symbolic link to `target`, atomically; an equal link is left alone."""
-    if path.is_symlink() and os.readlink(path) == target:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
-    temporary.unlink(missing_ok=True)
-    os.symlink(target, temporary)
-    os.replace(temporary, path)
-
-
-@contextlib.contextmanager
-def exclusive_lock(path: Path, waiting: Callable[[str], None] = lambda holder: None) -> Iterator[None]:
-    """Hold an advisory lock on `path`; a second process waits (after one call of `waiting` with the holder's process id).
-
-    The lock is the kernel's: it goes when its process dies, so a killed preparation never blocks the next.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            f.seek(0)
-            waiting(f.read().strip() or "unknown")
-            fcntl.flock(f, fcntl.LOCK_EX)
-        f.seek(0)
-        f.truncate()
-        f.write(f"{os.getpid()}\n")
-        f.flush()
-        yield

@@ -21,7 +21,7 @@ from typing import IO, Self
 import numpy as np
 
 from data_prep.errors import DataError
-from data_prep.files import atomic_write
+from data_prep.plain_files import atomic_write
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER_BYTES = 34

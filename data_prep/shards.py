@@ -16,17 +16,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import Field
 
 from data_prep.blocks import LINE_BITS, BlockReader, Piece, xxh3
 from data_prep.encoder_choice import Choice, make_encoder
 from data_prep.encoders import Encoded, Encoder
 from data_prep.errors import DataError
-from data_prep.files import Sha256, Strict, temporary_name
-from data_prep.records import Count
+from data_prep.plain_files import temporary_name
+
+if TYPE_CHECKING:
+    from data_prep.tokens_record import ShardRecord
 
 ENCODER_THREADS = 4
 """With two, gigatoken's threads had no block for a fifth of the time: what is done to a block before and after waits for Python's lock."""
@@ -37,7 +38,6 @@ LARGE_CHARS = 16 << 20
 WRITEBACK_BYTES = 32 << 20
 SYNC_FILE_RANGE_WRITE = 2
 
-Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 OnProgress = Callable[[int, int, int], None]
 """Called with (bytes of input, documents, tokens) since the last call."""
 
@@ -58,42 +58,6 @@ class Job:
     """Digest of all that the output depends on, the input left out."""
     threads: int
     memory_bytes: int
-
-
-class PieceRecord(Strict):
-    """Part of an input file as it was read."""
-
-    file: Count
-    start: Count
-    end: Count
-    xxh3: Xxh3
-    """Of the bytes read, of a packed file as it lies on disk."""
-    lines: Count
-    """Blank ones too; rows of a Parquet file."""
-
-
-class ShardRecord(Strict):
-    """Written last, beside NNNNNN.bin (tokens), NNNNNN.lengths (int32 [documents]) and NNNNNN.bad.jsonl (piece, line, kind, reason)."""
-
-    format: Literal["quarry.shard/1"] = "quarry.shard/1"
-    settings: Sha256
-    pieces: list[PieceRecord]
-    documents: Count
-    tokens: Count
-    text_bytes: Count
-    max_token_id: Annotated[int, Field(ge=-1)]
-    bytes: Count
-    xxh3: Xxh3
-    """Of the .bin."""
-    lengths_xxh3: Xxh3
-    bad: dict[str, Count]
-    """Kind of reason -> lines that are no document."""
-    bad_xxh3: Xxh3
-    """Of the .bad.jsonl."""
-    reference_documents: dict[str, Count]
-    """Cause -> documents that the reference tokenizer encoded because gigatoken might differ."""
-    control_tokens: Count
-    """Control tokens that text spelled."""
 
 
 def xxh3_of(data: Any) -> str:
@@ -136,6 +100,9 @@ def run_shard(
         pipeline.start()
         with _new(target.with_suffix(".bin")) as out, _new(target.with_suffix(".bad.jsonl")) as rejects:
             pipeline.encode_with(get_encoder())
+            # pydantic is imported while the first blocks are encoded.
+            from data_prep.tokens_record import PieceRecord, ShardRecord
+
             for done, tokens in pipeline.results():
                 out.write(tokens.data)
                 bin_digest.update(tokens.data)

@@ -6,30 +6,23 @@ import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any, Protocol
 
 from data_prep.blocks import BLOCK_BYTES, SHARD_BYTES, Piece, plan_shards, xxh3
 from data_prep.encoder_choice import Choice, ControlTokens, choose, make_encoder, tokenizer_sha256, versions
 from data_prep.encoders import Encoder
 from data_prep.errors import DataError
-from data_prep.files import (
-    Sha256,
-    Strict,
-    atomic_write,
-    digest_of,
-    exclusive_lock,
-    remove_leftovers,
-)
 from data_prep.indexed import bin_path, idx_path, optimal_dtype
 from data_prep.merge import Merge, file_xxh3
+from data_prep.plain_files import atomic_write, digest_of, exclusive_lock, remove_leftovers
 from data_prep.progress import Progress, Silent
-from data_prep.records import Count, Record
-from data_prep.shards import Job, OnProgress, PieceRecord, Xxh3, run_in_worker, run_shard, start_worker
+from data_prep.shards import Job, OnProgress, run_in_worker, run_shard, start_worker
 from data_prep.text_files import is_packed, is_parquet
+
+if TYPE_CHECKING:
+    from data_prep.tokens_record import PieceRecord, TokensRecord
 
 VERSION = 1
 """Of the output; raise it when the same input would give other bytes."""
@@ -57,53 +50,13 @@ class TokenizerLike(Protocol):
     eod_id: int
 
 
-class Written(Strict):
-    """A file of the output; the digest says that it is the one recorded (it is no protection against forgery)."""
+@dataclass(frozen=True)
+class InputStat:
+    """An input file as it was found."""
 
-    bytes: Count
-    xxh3: Xxh3
-
-
-class TokenizedInput(Strict):
     path: str
-    bytes: Count
+    bytes: int
     mtime_ns: int
-
-
-class TokensRecord(Record):
-    """Beside the .bin/.idx pair: what it was made of, and what happened."""
-
-    format: Literal["quarry.tokens/1"] = "quarry.tokens/1"
-    tokenizer_kind: str
-    tokenizer_sha256: Sha256
-    """Of the file that defines the ids."""
-    vocab_size: Count
-    eod_id: Count | None
-    """Appended to every document; None: nothing is."""
-    control_tokens: ControlTokens
-    text_key: str
-    encoder: str
-    why_not_gigatoken: str | None
-    dtype: Literal["uint16", "int32"]
-    documents: Count
-    tokens: Count
-    max_token_id: Annotated[int, Field(ge=-1)]
-    text_bytes: Count
-    """UTF-8 text of all documents."""
-    control_tokens_in_text: Count
-    """Control tokens that documents spelled and that became ids (control_tokens: as_ids)."""
-    reference_documents: dict[str, Count]
-    """Cause -> documents that the reference tokenizer encoded."""
-    bad: dict[str, Count]
-    """Reason -> lines that are no document; each is in the quarantine file."""
-    empty_documents: Count
-    quarantined_lines: Count
-    """Without empty documents."""
-    files: list[TokenizedInput]
-    shards: list[list[PieceRecord]]
-    """Digests of the input as it was read."""
-    bin: Written
-    idx: Written
 
 
 def record_path(prefix: Path) -> Path:
@@ -216,7 +169,7 @@ class _Run:
         *,
         prefix: Path,
         name: str,
-        inputs: list[TokenizedInput],
+        inputs: list[InputStat],
         digest: str,
         progress: Progress,
         limit: tuple[float, int],
@@ -315,6 +268,8 @@ class _Run:
         merge.sync()
         os.replace(merge.merged, bin_file)
         merge.write_index(idx_file, job.dtype)
+        from data_prep.tokens_record import TokenizedInput, TokensRecord, Written
+
         choice = job.choice
         made = versions()
         library = "gigatoken" if choice.gigatoken else "tokenizers" if choice.kind == "huggingface" else "sentencepiece"
@@ -338,7 +293,7 @@ class _Run:
             bad=dict(sorted(bad.items())),
             empty_documents=empty,
             quarantined_lines=bad.total() - empty,
-            files=self.inputs,
+            files=[TokenizedInput(**asdict(file)) for file in self.inputs],
             shards=[record.pieces for record in records],
             bin=Written(bytes=merge.bytes, xxh3=merge.xxh3),
             idx=Written(bytes=idx_file.stat().st_size, xxh3=file_xxh3(idx_file)),
@@ -374,7 +329,7 @@ class _Run:
         return (was.file, was.start, was.end) == (piece.file, piece.start, piece.end) and piece_digest(piece) == was.xxh3
 
 
-def _inputs(paths: Sequence[Path]) -> list[TokenizedInput]:
+def _inputs(paths: Sequence[Path]) -> list[InputStat]:
     if not paths:
         raise DataError("there are no input files; name at least one")
     inputs, seen = [], {}
@@ -385,7 +340,7 @@ def _inputs(paths: Sequence[Path]) -> list[TokenizedInput]:
         other = seen.setdefault((stat.st_dev, stat.st_ino), path)
         if other is not path:
             raise DataError(f"{path} and {other} are the same file; name each input once")
-        inputs.append(TokenizedInput(path=str(path), bytes=stat.st_size, mtime_ns=stat.st_mtime_ns))
+        inputs.append(InputStat(str(path), stat.st_size, stat.st_mtime_ns))
     return inputs
 
 
@@ -430,12 +385,17 @@ def is_intact(prefix: Path, record: TokensRecord) -> bool:
     return True
 
 
-def _current(prefix: Path, digest: str, inputs: list[TokenizedInput]) -> TokensRecord | None:
+def _current(prefix: Path, digest: str, inputs: list[InputStat]) -> TokensRecord | None:
     """The record, when it was made of the same input and its files are intact."""
+    if not record_path(prefix).exists():
+        return None
+    from data_prep.tokens_record import TokenizedInput, TokensRecord
+
     record = TokensRecord.read_if_valid(record_path(prefix))
     if record is None or record.inputs != digest:
         return None
-    changed = {number for number, (was, now) in enumerate(zip(record.files, inputs, strict=True)) if was != now}
+    files = [TokenizedInput(**asdict(file)) for file in inputs]
+    changed = {number for number, (was, now) in enumerate(zip(record.files, files, strict=True)) if was != now}
     for shard in record.shards:
         for piece in shard:
             if piece.file in changed:
@@ -445,6 +405,6 @@ def _current(prefix: Path, digest: str, inputs: list[TokenizedInput]) -> TokensR
     if not is_intact(prefix, record):
         return None
     if changed:
-        record = record.model_copy(update={"files": inputs})
+        record = record.model_copy(update={"files": files})
         record.write(record_path(prefix))
     return record

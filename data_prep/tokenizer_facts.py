@@ -18,7 +18,7 @@ from typing import Any
 
 from data_prep.encoder_choice import cache_folder, tokenizer_sha256
 from data_prep.errors import DataError
-from data_prep.files import atomic_write
+from data_prep.plain_files import atomic_write
 
 FACTS_VERSION = 1
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
