@@ -261,10 +261,13 @@ class _Pipeline:
 
 def packed(encoded: Encoded, job: Job) -> tuple[np.ndarray, np.ndarray]:
     """(counts, tokens) with what stands before and behind every document added, tokens in the dtype of the .bin."""
+    out_dtype = np.dtype(job.dtype)
     before = np.array(job.choice.prefix, dtype=job.dtype)
     behind = np.array([*job.choice.suffix, *(() if job.eod_id is None else (job.eod_id,))], dtype=job.dtype)
     added = len(before) + len(behind)
     ids, counts = encoded.ids, encoded.counts
+    if ids.dtype.itemsize == out_dtype.itemsize:
+        ids = ids.view(out_dtype)  # vocabularies end far below 2^31; copies of one dtype are faster
     if added == 0:
         return counts, ids.astype(job.dtype, copy=False)
     documents = len(counts)

@@ -30,7 +30,7 @@ MEMORY_MB = 700
 """Of each process of up to THREADS_PER_PROCESS workers; a run with two workers then peaks below 800 MB."""
 MEMORY_MB_MIN = 450
 """Less does not hold a tokenizer of 100,000 entries and the blocks under way."""
-UNCOUNTED_MB = 220
+UNCOUNTED_MB = 250
 """A process may grow by this much (the words of the blocks under way) before its memory is looked at again."""
 THREADS_PER_PROCESS = 8
 """One process reads, checks and writes about as fast as eight threads encode; more workers are more processes."""
