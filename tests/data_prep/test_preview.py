@@ -159,5 +159,7 @@ def test_the_tables_come_before_the_refusals(tmp_path, capsys):
     for heading in ("share planned", "share by", "available", "tokens drawn", "epochs so far", "long drawn %", "never read %"):
         assert heading in captured.out
     assert "sum, trains 245,760" in captured.out
-    assert "long: in documents of at least phase.min_document_tokens (long_32k 128, long_128k 256, long_512k 512)" in captured.out
+    assert (
+        "long: in documents of at least phase.min_document_tokens (long_32k 128, long_128k 256, long_512k 512)" in captured.out
+    )
     assert captured.err.count("phase '") >= 14
