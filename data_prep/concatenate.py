@@ -35,7 +35,7 @@ from data_prep.files import FileRecord, Strict, atomic_write, digest_of, record_
 from data_prep.optional import need
 from data_prep.progress import Progress, Silent
 from data_prep.records import Record
-from data_prep.text_files import BadLine, is_packed, is_parquet, read_documents
+from data_prep.text_files import MAX_BAD_FREE, MAX_BAD_PERCENT, BadLine, is_packed, is_parquet, read_documents
 from recipes.schema import Source
 
 VERSION = 1
@@ -49,8 +49,6 @@ MAX_BUCKETS = 256
 has as many files open as there are buckets."""
 UNPACKED = 5
 """Bytes of text per byte of a packed file of code, roughly; only decides how many buckets there are."""
-MAX_BAD_PERCENT, MAX_BAD_FREE = 1.0, 10
-"""As in tokenizing: more bad lines than both mean wrong files or keys, not a few bad lines."""
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -118,6 +116,8 @@ def concatenate(
     inputs = digest_of({"content": content, "limit": [max_bad_percent, max_bad_free]})
     before = ConcatenatedRecord.read_if_valid(record_path(destination))
     if before is not None and before.inputs == inputs and _intact(destination, before):
+        if _work(destination).exists():  # killed after the record was written
+            shutil.rmtree(_work(destination))
         return before
     record_path(destination).unlink(missing_ok=True)
     keys = _Keys(source.repository_key, source.path_key, text_key)

@@ -264,8 +264,3 @@ class Writer:
         offsets = np.zeros(len(lengths), dtype=np.int64)
         np.cumsum(lengths[:-1].astype(np.int64) * self.dtype.itemsize, out=offsets[1:])
         return Index(self.dtype, lengths, offsets, np.arange(len(lengths) + 1, dtype=np.int64))
-
-
-def iter_documents(reader: Reader) -> Iterator[np.ndarray]:
-    """Its documents in order."""
-    return (reader[number] for number in range(len(reader)))

@@ -104,7 +104,8 @@ class Shown:
         with self._bar(name, tally) if self._console is not None else self._lines(name, tally) as done:
             yield done
         amount = f"  {tally.bytes / 1e6:.1f} MB" if tally.bytes else ""
-        counts = f"  {tally.documents:,} documents  {tally.tokens:,} tokens  {tally.rates()}" if tally.documents else ""
+        tokens = f"  {tally.tokens:,} tokens" if tally.tokens else ""  # steps before tokenizing count none
+        counts = f"  {tally.documents:,} documents{tokens}  {tally.rates()}" if tally.documents else ""
         self.message(f"{name:<40} {tally.seconds:6.1f} s{amount}{counts}")
 
     @contextlib.contextmanager

@@ -26,6 +26,9 @@ MAX_LINE_BYTES = 256 << 20
 PARQUET_ROWS = 256
 """Rows taken at a time: some MB of long documents."""
 UTF8_BOM = b"\xef\xbb\xbf"
+MAX_BAD_PERCENT = 1.0
+"""More bad lines than this, and more than MAX_BAD_FREE, mean a wrong file or text key, not a few bad lines: whoever reads a source refuses."""
+MAX_BAD_FREE = 10
 
 
 @dataclass(frozen=True)

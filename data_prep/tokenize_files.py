@@ -19,7 +19,7 @@ from data_prep.merge import Merge, file_xxh3
 from data_prep.plain_files import atomic_write, digest_of, exclusive_lock, remove_leftovers
 from data_prep.progress import Progress, Silent
 from data_prep.shards import Job, OnProgress, run_in_worker, run_shard, start_worker
-from data_prep.text_files import is_packed, is_parquet
+from data_prep.text_files import MAX_BAD_FREE, MAX_BAD_PERCENT, is_packed, is_parquet
 
 if TYPE_CHECKING:
     from data_prep.tokens_record import PieceRecord, TokensRecord
@@ -34,9 +34,6 @@ UNCOUNTED_MB = 250
 """A process may grow by this much (the words of the blocks under way) before its memory is looked at again."""
 THREADS_PER_PROCESS = 8
 """One process reads, checks and writes about as fast as eight threads encode; more workers are more processes."""
-MAX_BAD_PERCENT = 1.0
-"""More bad lines than this (and more than MAX_BAD_FREE) mean a wrong file or text key, not a few bad lines."""
-MAX_BAD_FREE = 10
 SAMPLE_FROM_BYTES = 1 << 30
 """Jobs of 1 GiB of input or more (10 seconds or more), and the first with a tokenizer, are proven on a sample before they begin."""
 

@@ -27,7 +27,7 @@ from data_prep.errors import DataError
 from data_prep.files import digest_of, verify_file, write_bytes
 from data_prep.optional import need
 from data_prep.progress import Done, Progress
-from data_prep.tokenize_files import MAX_BAD_FREE, MAX_BAD_PERCENT
+from data_prep.text_files import MAX_BAD_FREE, MAX_BAD_PERCENT
 from recipes.cleaning import Cleaning
 from recipes.schema import Recipe
 
@@ -49,6 +49,8 @@ def clean(
     job = Job.of(recipe, root, inputs)
     done = job.current()
     if done is not None:
+        if job.work.parent.exists():  # killed after the record was written
+            shutil.rmtree(job.work.parent)
         return done
     from data_prep.clean.executors import forget, run_local
 

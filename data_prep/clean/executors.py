@@ -52,7 +52,8 @@ class InProcess(PipelineExecutor):
         return self.tasks
 
     def get_distributed_env(self, node_rank: int = -1) -> Any:
-        raise NotImplementedError("no environment is set for tasks of this process")
+        # datatrove demands the method, for the environment of tasks that it starts; run() below starts none.
+        raise AssertionError("tasks of this process have no environment of their own")
 
     def run(self) -> None:
         for rank in self.get_incomplete_ranks():

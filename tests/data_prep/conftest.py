@@ -1,9 +1,13 @@
 """A trained tokenizer and a prepared data root, made once per process."""
 
+import shutil
+
 import pytest
 
+from data_prep.cache_job import build_caches
 from data_prep.corpus import build
 from data_prep.prepare import prepare
+from data_prep.progress import Silent
 from data_prep.tokenizer import load_tokenizer
 from data_prep.tokenizer_training import train
 from tests.data_prep import helpers
@@ -51,7 +55,21 @@ def prepared(tmp_path_factory):
 @pytest.fixture
 def copy(prepared, tmp_path):
     """A copy of the prepared root that a test may break."""
-    import shutil
-
     shutil.copytree(prepared / "data", tmp_path / "data", symlinks=True)
+    return tmp_path / "data"
+
+
+@pytest.fixture(scope="session")
+def clean(prepared, tmp_path_factory):
+    """A prepared data root with index caches; read only."""
+    folder = tmp_path_factory.mktemp("verify")
+    shutil.copytree(prepared / "data", folder / "data", symlinks=True)
+    build_caches(helpers.recipe(folder), progress=Silent())
+    return folder / "data"
+
+
+@pytest.fixture
+def root(clean, tmp_path):
+    """A copy in another place, to be broken."""
+    shutil.copytree(clean, tmp_path / "data", symlinks=True)
     return tmp_path / "data"

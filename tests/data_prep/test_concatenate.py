@@ -3,9 +3,6 @@
 import json
 import random
 import shutil
-import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -13,7 +10,7 @@ from data_prep import concatenate as module
 from data_prep.concatenate import concatenate, quarantine_path, record_path
 from data_prep.errors import DataError
 from recipes.schema import Source
-from tests.data_prep import helpers
+from tests.data_prep import helpers, kills
 from tests.data_prep.test_preview import write as write_rows
 
 SOURCE = Source(category="code", kind="files", paths=["x"], concatenate="repositories")
@@ -188,44 +185,24 @@ def test_wrong_keys_are_refused_and_a_higher_limit_goes_on(tmp_path):
     assert (record.documents, record.quarantined_lines) == (0, 150)
 
 
-KILLER = """
-import os, signal, sys
+CONCATENATE = """
 from pathlib import Path
 from tests.data_prep import test_concatenate as t
-left, replace, fsync = int(sys.argv[2]), os.replace, os.fsync
-def step():
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-def killing_replace(a, b):
-    step(); replace(a, b); step()
-def killing_fsync(fd):
-    step(); fsync(fd)
-os.replace, os.fsync = killing_replace, killing_fsync
 t.module.BUCKET_BYTES = 2000
-folder = Path(sys.argv[1])
+folder = Path(sys.argv[2])
 t.run(folder, sorted((folder / "raw").iterdir()))
-print(left)
 """
 
 
 def test_killed_anywhere_the_next_run_gives_the_same_bytes(tmp_path, monkeypatch):
     write(tmp_path / "raw", rows())
 
-    def attempt(limit):
-        return subprocess.run(
-            [sys.executable, "-c", KILLER, str(tmp_path), str(limit)], capture_output=True, text=True, check=False
-        )
-
-    done = attempt(10**6)
-    assert done.returncode == 0, done.stderr
-    steps = 10**6 - int(done.stdout)
+    steps = kills.steps_of(CONCATENATE, tmp_path)
     folder = tmp_path / "concatenated"
     expected = helpers.tree(folder)
     for limit in (1, steps // 3, 2 * steps // 3, steps - 2):
         shutil.rmtree(folder)
-        assert attempt(limit).returncode == -signal.SIGKILL
+        assert kills.killed(kills.run(CONCATENATE, limit, tmp_path))
         assert helpers.tree(folder) != expected
         # other processes and buckets than before: what was begun decides
         monkeypatch.setattr(module, "BUCKET_BYTES", 300)

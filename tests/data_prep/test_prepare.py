@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -17,7 +16,7 @@ from data_prep.manifest import HeldoutManifest, MixtureManifest, heldout_path, m
 from data_prep.prepare import prepare
 from data_prep.progress import Shown
 from data_prep.tokenizer import load_tokenizer
-from tests.data_prep import helpers
+from tests.data_prep import helpers, kills
 
 
 def changed(before, after):
@@ -151,24 +150,11 @@ def test_a_given_hugging_face_tokenizer(folder):
     manifest.verify(folder / "data")
 
 
-KILLER = """
-import os, signal, sys
+PREPARE = """
 from pathlib import Path
 from data_prep.prepare import prepare
 from recipes.schema import Recipe
-left, replace, fsync = int(sys.argv[2]), os.replace, os.fsync
-def step():
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-def killing_replace(a, b):
-    step(); replace(a, b); step()
-def killing_fsync(fd):
-    step(); fsync(fd)
-os.replace, os.fsync = killing_replace, killing_fsync
-prepare(Recipe.read(Path(sys.argv[1])))
-print(left)
+prepare(Recipe.read(Path(sys.argv[2])))
 """
 
 
@@ -177,21 +163,11 @@ def test_killed_anywhere_the_next_run_gives_the_same_bytes(prepared, tmp_path):
     recipe = helpers.recipe(tmp_path, sources=sources)
     recipe.write(tmp_path / "recipe.json")
 
-    def run(limit):
-        return subprocess.run(
-            [sys.executable, "-c", KILLER, str(tmp_path / "recipe.json"), str(limit)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    done = run(10**6)
-    assert done.returncode == 0, done.stderr
-    steps = 10**6 - int(done.stdout)
+    steps = kills.steps_of(PREPARE, tmp_path / "recipe.json")
     expected = helpers.tree(tmp_path / "data")
     for limit in sorted({1, 2, steps // 5, steps // 3, steps // 2, steps * 2 // 3, steps - 5, steps - 3}):
         shutil.rmtree(tmp_path / "data")
-        assert run(limit).returncode == -signal.SIGKILL
+        assert kills.killed(kills.run(PREPARE, limit, tmp_path / "recipe.json"))
         assert helpers.tree(tmp_path / "data") != expected
         prepare(recipe)
         assert helpers.tree(tmp_path / "data") == expected, f"killed at step {limit} of {steps}"

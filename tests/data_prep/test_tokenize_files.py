@@ -4,9 +4,6 @@ import gzip
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 
 import pyarrow as pa
@@ -23,7 +20,7 @@ from data_prep.indexed import Reader
 from data_prep.progress import Silent
 from data_prep.text_files import Text, parse_line
 from data_prep.tokenizer_facts import facts
-from tests.data_prep import helpers, tokenizing
+from tests.data_prep import helpers, kills, tokenizing
 from tests.data_prep.test_text_files import BAD, GOOD, ODD_BUT_VALID
 from training import cpu_backend
 
@@ -376,47 +373,29 @@ def test_a_second_run_does_nothing_and_changes_are_noticed(tmp_path, tokenizer):
     assert run(path, tokenizer, prefix, append_eod=False).eod_id is None
 
 
-KILLER = """
-import os, signal, sys
+TOKENIZE = """
 from pathlib import Path
 from data_prep import tokenize_files
 from data_prep.tokenizer_facts import facts
-left = int(sys.argv[1])
-def killing(name):
-    call = getattr(os, name)
-    def step(*arguments, **named):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return call(*arguments, **named)
-    setattr(os, name, step)
-for name in ("replace", "fsync", "sendfile", "unlink", "ftruncate", "rmdir"):
-    killing(name)
 paths = [Path(p) for p in sys.argv[4:]]
 tokenize_files.tokenize_files(paths, facts(Path(sys.argv[2])), Path(sys.argv[3]), workers=1, control_tokens="as_ids", shard_bytes=12_000)
-print(left)
 """
+CALLS = {"calls": ("replace", "fsync", "sendfile", "unlink", "ftruncate", "rmdir"), "after": False}
 
 
 def test_killed_anywhere_the_next_run_gives_the_same_bytes(tmp_path, tokenizer):
     paths = [tokenizing.jsonl(tmp_path / "in" / f"{n}.jsonl", [*tokenizing.texts(n, 30), ""]) for n in range(2)]
     prefix = tmp_path / "out" / "x"
 
-    def start(limit):
-        command = [sys.executable, "-c", KILLER, str(limit), str(folder_of(tokenizer)), str(prefix), *map(str, paths)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    done = start(10**6)
-    assert done.returncode == 0, done.stderr
-    steps = 10**6 - int(done.stdout)
+    arguments = (folder_of(tokenizer), prefix, *paths)
+    steps = kills.steps_of(TOKENIZE, *arguments, **CALLS)
     expected = helpers.tree(prefix.parent)
     assert sorted(expected) == ["x.bin", "x.idx", "x.json", "x.quarantine.jsonl"]
     assert steps > 40
     again = set()
     for limit in (steps // 4, steps // 2 + 1, *range(steps - 26, steps, 4)):
         shutil.rmtree(prefix.parent)
-        assert start(limit).returncode == -signal.SIGKILL
+        assert kills.killed(kills.run(TOKENIZE, limit, *arguments, **CALLS))
         counted = Counted()
         run(paths, tokenizer, prefix, workers=1, shard_bytes=12_000, progress=counted)
         again.add(counted.bytes)

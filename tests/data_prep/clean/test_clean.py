@@ -248,6 +248,16 @@ def test_killed_it_goes_on_to_the_same_bytes(tmp_path):
     assert tree(tmp_path / "cut" / "data") == expected
 
 
+def test_work_that_a_kill_behind_the_last_record_left_goes(tmp_path):
+    texts = mixed()
+    expected = fresh(tmp_path, texts, **published())
+    left = tmp_path / "data" / "clean" / ".work" / "0123456789abcdef"
+    left.mkdir(parents=True)
+    (left / "file").write_text("x")
+    planted.run(tmp_path, planted.recipe(tmp_path, texts, **published()))
+    assert tree(tmp_path / "data") == expected
+
+
 # --- counts ------------------------------------------------------------------------------------------------------------------------
 
 TEXT = st.sampled_from(
