@@ -27,6 +27,7 @@ from launchers.local import LocalJobs, Submitted, start_directly
 from launchers.progress import RunProgress
 from launchers.runs import RunFolder, accepted_digests, check_change, default_name
 from launchers.stage_job import DATA, StageJob, check_name
+from launchers.steps import checkpoint_step
 from launchers.summary import print_summary
 from launchers.view import View, terminal
 from recipes.schema import Recipe
@@ -34,7 +35,6 @@ from recipes.schema import Recipe
 POLL_SECONDS = 0.05
 ALIVE_INTERVAL_SECONDS = 1.0
 LOG_TAIL_LINES = 25
-TRACKER = Path("checkpoints") / "latest_checkpointed_iteration.txt"
 
 
 @dataclass(kw_only=True)
@@ -65,9 +65,13 @@ class Launch:
         }
 
     def dryrun(self) -> int:
-        """Print what would be started; touches nothing."""
+        """Print what would be started (Slurm: and write the scripts to RUN/scripts); starts nothing."""
         done = self._finished(Journal.read(self.run.journal), self._change())
         self.console.print(f"run {self.run.name}: {self.run.path}")
+        if self.recipe.cluster.kind == "slurm":
+            from launchers import slurm
+
+            return slurm.dryrun(self, done)
         data = stage_job.data_job(self.recipe, self.run.path, data_command=self.data_command)
         for job, state in ((data, "prepare"), *((self.jobs[s], "finished" if s in done else "start") for s in self.stages)):
             self.console.print(f"\n[{state}] {job.stage}")
@@ -94,7 +98,12 @@ class Launch:
                 if self.progress.state == "finished":
                     print_summary(self.progress, self.console)
                 return 0
-            return self._run(todo, changes)
+            self._record_recipe(changes)
+            if self.recipe.cluster.kind == "slurm":
+                from launchers import slurm
+
+                return slurm.submit(self, todo)
+            return self._run(todo)
 
     def _change(self) -> list[str] | None:
         """None for a new run, else the accepted changes against its recipe."""
@@ -119,12 +128,14 @@ class Launch:
                 f"start from; leave out --from, or use --from {missing[0]}"
             )
 
-    def _run(self, todo: list[str], changes: list[str] | None) -> int:
+    def _record_recipe(self, changes: list[str] | None) -> None:
         if changes is None or changes:
             for change in changes or []:
                 self.console.print(f"recipe changed: {change}")
             self.recipe.write(self.run.recipe)
             self.journal.append("run", format=JOURNAL_FORMAT, recipe_digest=self.recipe.digest(), changes=changes or [])
+
+    def _run(self, todo: list[str]) -> int:
         self.journal.append(
             "launch",
             pid=os.getpid(),
@@ -347,11 +358,10 @@ class Launch:
 
 def check_cluster(recipe: Recipe) -> None:
     """LaunchError unless this version can start jobs on the recipe's kind of cluster."""
-    if recipe.cluster.kind != "local":
+    if recipe.cluster.kind not in ("local", "slurm"):
         raise LaunchError(
-            f"cluster.kind is '{recipe.cluster.kind}' (cluster={recipe.cluster.name}), and this version starts jobs on the local machine only: "
-            f"docker and slurm come with the next release. `quarry plan` and `quarry plan --args STAGE` work for every cluster; "
-            f"cluster=local runs the chain here"
+            f"cluster.kind is '{recipe.cluster.kind}' (cluster={recipe.cluster.name}), and this version starts jobs on the local machine and "
+            f"on Slurm only. `quarry plan` and `quarry plan --args STAGE` work for every cluster; cluster=local runs the chain here"
         )
 
 
@@ -365,12 +375,3 @@ def select(stages: list[str], first: str | None, last: str | None) -> list[str]:
     if begin >= end:
         raise LaunchError(f"--from {first} lies behind --to {last}; stages in order: {', '.join(stages)}")
     return stages[begin:end]
-
-
-def checkpoint_step(job: StageJob) -> int:
-    """Step of the stage's last whole checkpoint, 0 without one (Megatron writes its tracker after the files)."""
-    try:
-        text = (Path(job.stage_dir) / TRACKER).read_text().strip()
-    except FileNotFoundError:
-        return 0
-    return int(text) if text.isdigit() else 0

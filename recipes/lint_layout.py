@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
+
+from pydantic import ValidationError
 
 from recipes.problem import Problem
 from recipes.schema import Model, Parallel, Phase, Recipe
+from recipes.slurm_options import SlurmOptions, limit_seconds, slurm_options
 
 FP8_RECIPES = {
     "cpu": (),
@@ -46,9 +50,33 @@ def model_rules(recipe: Recipe) -> Iterator[Problem]:
 
 def cluster_rules(recipe: Recipe) -> Iterator[Problem]:
     cluster = recipe.cluster
-    if cluster.gpu == "cpu" and cluster.kind != "local":
+    if cluster.gpu == "cpu" and cluster.kind == "docker":
         rule = f"ranks on CPU run on one machine only, and this cluster is {cluster.kind}"
         yield Problem("cluster.gpu", "cpu", rule, "cluster=local, or name the cluster's GPU, e.g. cluster.gpu=h100")
+    if cluster.gpu == "cpu" and cluster.kind == "slurm":
+        for stage, phase in recipe.phase.items():
+            if stage in recipe.stages and phase.parallel.gpus > cluster.gpus_per_node:
+                rule = f"ranks on CPU run on one node only, which has room for {cluster.gpus_per_node} (cluster.gpus_per_node)"
+                remedy = "name the cluster's GPU, e.g. cluster.gpu=h100, or choose a smaller layout"
+                yield Problem(f"phase.{stage}.parallel.gpus", phase.parallel.gpus, rule, remedy)
+    if cluster.kind == "slurm":
+        yield from _slurm(cluster.options)
+
+
+def _slurm(options: dict[str, Any]) -> Iterator[Problem]:
+    try:
+        checked = slurm_options(options)
+    except ValidationError as error:
+        for found in error.errors():
+            key = ".".join(("cluster.options", *(str(part) for part in found["loc"])))
+            known = ", ".join(SlurmOptions.model_fields)
+            remedy = f"known options: {known}" if found["type"] == "extra_forbidden" else "see recipes/slurm_options.py"
+            yield Problem(key, repr(found["input"]), found["msg"].removeprefix("Value error, "), remedy)
+        return
+    limit, before = limit_seconds(checked.time), checked.signal_seconds_before_limit
+    if before >= limit:
+        rule = f"a job would be told to save before it has begun: its limit is {checked.time} (cluster.options.time)"
+        yield Problem("cluster.options.signal_seconds_before_limit", before, rule, f"at most {max(1, limit // 2)}")
 
 
 def phase_layout_rules(recipe: Recipe, stage: str, phase: Phase) -> Iterator[Problem]:
