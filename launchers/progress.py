@@ -210,6 +210,8 @@ class RunProgress:
             progress.reason = "ended with 0 but left no hand-off" if code == 0 else outcome.get("reason", "")
         elif progress.attempts and self._launcher_alive() and rows[-1]["event"] in ("intent", "submitted"):
             progress.state = "running"
+        elif rows and rows[-1]["event"] == "submitted" and rows[-1].get("executor") == "slurm":
+            progress.reason = f"Slurm job {rows[-1]['job']}"  # waits, as far as the journal knows
         elif progress.attempts:
             failed = [row for row in rows if row["event"] == "submission_failed"]
             progress.state = "failed" if failed else "interrupted"

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,12 +75,16 @@ class SlurmScripts:
         return f"quarry.{self.run_dir.name}.{stage}"
 
     @contextlib.contextmanager
-    def experiment(self, job: StageJob, attempt: int, dependency: str | None) -> Iterator[Any]:
-        """nemo-run's experiment with the one job; `dependency` is the Slurm id of the job that has to succeed before it."""
+    def experiment(self, job: StageJob, attempt: int, dependency: str | None, label: str) -> Iterator[Any]:
+        """nemo-run's experiment with the one job; `dependency` is the Slurm id of the job that has to succeed before it.
+
+        `label` tells experiments of one attempt apart: nemo-run refuses a folder that is there already, and takes the last _ for the end of
+        the title.
+        """
         nemo_run = self._nemo
         with nemo_run.Experiment(
             job.stage,
-            id=f"{job.stage}_{attempt}",
+            id=f"{job.stage}_{attempt}-{label}",
             executor=self._executor(job, dependency),
             log_level="ERROR",
             clean_mode=True,
@@ -98,13 +104,15 @@ class SlurmScripts:
 
     def script(self, job: StageJob, attempt: int, dependency: str | None = None) -> str:
         """Text of the sbatch script, made without a Slurm."""
-        with self.experiment(job, attempt, dependency) as experiment:
+        home = self.run_dir / ".nemo-run" / "experiments" / job.stage / f"{job.stage}_{attempt}-dryrun"
+        shutil.rmtree(home, ignore_errors=True)
+        with self.experiment(job, attempt, dependency, "dryrun") as experiment:
             experiment.dryrun(log=False, delete_exp_dir=False)
             return Path(experiment._exp_dir, f"{job.stage}_sbatch.sh").read_text()
 
     def submit(self, job: StageJob, attempt: int, dependency: str | None) -> str:
         """Submit the job; returns its Slurm id. LaunchError when Slurm refuses it."""
-        with self.experiment(job, attempt, dependency) as experiment:
+        with self.experiment(job, attempt, dependency, f"{int(time.time())}-{os.getpid()}") as experiment:
             try:
                 experiment.run(detach=True)
             except Exception as error:  # nemo-run lets through whatever its tunnel raises
