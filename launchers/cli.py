@@ -19,6 +19,7 @@ COMMANDS = {
     "tokenizer": ("launchers.tokenizer_command", "train a tokenizer, or compare tokenizers on text"),
     "prep": ("launchers.prep_command", "prepare the data that a curriculum needs"),
     "verify": ("launchers.verify_command", "check prepared data to the last byte"),
+    "doctor": ("launchers.doctor_command", "what this machine has and lacks, and whether a recipe can run here"),
     "launch": ("launchers.launch_command", "run a curriculum, or go on with it where it stopped"),
     "status": ("launchers.status", "show where a run stands, or list the runs"),
     "report": ("launchers.report", "write a run's report, one HTML page"),
