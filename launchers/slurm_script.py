@@ -82,16 +82,19 @@ class SlurmScripts:
         the title.
         """
         nemo_run = self._nemo
-        with nemo_run.Experiment(
-            job.stage,
-            id=f"{job.stage}_{attempt}-{label}",
-            executor=self._executor(job, dependency),
-            log_level="ERROR",
-            clean_mode=True,
-            enable_goodbye_message=False,
-            skip_status_at_exit=True,
-            serialize_metadata_for_scripts=False,
-        ) as experiment:
+        with (
+            _no_input(),
+            nemo_run.Experiment(
+                job.stage,
+                id=f"{job.stage}_{attempt}-{label}",
+                executor=self._executor(job, dependency),
+                log_level="ERROR",
+                clean_mode=True,
+                enable_goodbye_message=False,
+                skip_status_at_exit=True,
+                serialize_metadata_for_scripts=False,
+            ) as experiment,
+        ):
             arguments = [*job.wrapper_arguments(attempt), "--chdir", self.workdir]
             script = nemo_run.Script(
                 path=JOB_MODULE,
@@ -177,6 +180,17 @@ class SlurmScripts:
                 "trap requeue_if_decided EXIT",
             )
         )
+
+
+@contextlib.contextmanager
+def _no_input() -> Iterator[None]:
+    """While it lasts standard input is empty: nemo-run runs its commands through invoke, which would read what is typed here."""
+    with open(os.devnull) as nothing:
+        before, sys.stdin = sys.stdin, nothing
+        try:
+            yield
+        finally:
+            sys.stdin = before
 
 
 def _reason(error: BaseException) -> str:

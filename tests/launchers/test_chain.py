@@ -312,7 +312,7 @@ def test_lock_of_a_dead_launcher_does_not_block(harness: Any) -> None:
     assert harness.launch(last="a") == 0
 
 
-@pytest.mark.parametrize("kind", ["docker", "slurm"])
+@pytest.mark.parametrize("kind", ["docker"])
 def test_other_clusters_are_refused_by_key(harness: Any, kind: str) -> None:
     cluster = {**harness.dict()["cluster"], "kind": kind}
     with pytest.raises(LaunchError, match=f"cluster.kind is '{kind}'"):

@@ -20,10 +20,18 @@ RULES: dict[str, Rule] = {
     "even head size": ("smoke", {"model.head_dim": 33}, "model.head_dim", "33", "pairs", "34"),
     "CPU on a cluster": (
         "five_phase",
-        {"cluster.gpu": "cpu"},
+        {"cluster.gpu": "cpu", "cluster.kind": "docker"},
         "cluster.gpu",
         "cpu",
-        "this cluster is slurm",
+        "this cluster is docker",
+        "cluster.gpu=h100",
+    ),
+    "CPU ranks on several nodes": (
+        "five_phase",
+        {"cluster.gpu": "cpu"},
+        "phase.foundation.parallel.gpus",
+        "512",
+        "on one node only",
         "cluster.gpu=h100",
     ),
     "world size by TP x PP x CP": (
