@@ -165,8 +165,8 @@ def _gpu_reasons(recipe: Recipe, gpus: list[Gpu]) -> list[str]:
     reasons = []
     phases = {stage: recipe.phase[stage] for stage in recipe.stages if stage in recipe.phase}
     ranks = {stage: phase.parallel.gpus for stage, phase in phases.items()}
-    largest = max(ranks, key=ranks.__getitem__)
-    if ranks[largest] > len(gpus):
+    largest = max(ranks, key=ranks.__getitem__, default=None)  # no phase: the linter says it
+    if largest and ranks[largest] > len(gpus):
         reasons.append(
             f"phase.{largest}.parallel.gpus = {ranks[largest]}: {len(gpus)} here; "
             f"a smaller layout (parallel@phase.{largest}.parallel=single), or cluster=slurm"

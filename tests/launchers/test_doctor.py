@@ -155,6 +155,7 @@ def test_too_few_gpus_for_the_layout(capsys, folder: Path) -> None:
     code, answer = doctor(capsys, node, "cluster=local", "cluster.gpu=h100")
     assert code == 1
     assert "phase.long_512k.parallel.gpus = 4: 2 here" in verdict(answer, "local GPU")["reasons"][0]
+    assert doctor(capsys, node, "cluster=local", "cluster.gpu=h100", "stages=[export]")[0] == 1
     one = Machine(path=str(folder), environment={"CUDA_VISIBLE_DEVICES": "1"})
     assert len(probe_gpus(one)[1]) == 1
     none = Machine(path=str(folder), environment={"CUDA_VISIBLE_DEVICES": ""})
