@@ -1,13 +1,31 @@
-"""What follows from the way a job ended: the next stage, the same stage again, or a stop that names its remedy."""
+"""What follows from the way a job ended: the next stage, the same stage again, or a stop that names its remedy.
+
+| the job ended with | what follows |
+|---|---|
+| 0 and a hand-off | the next stage; 0 without a hand-off stops |
+| 75, saved | the same stage again, if its checkpoint is newer than before; else it stops |
+| 79, hung: ended by the wrapper without progress | the same stage again from its last checkpoint |
+| 80, hung the third time in a row without a new checkpoint | stop, with the place where the ranks stand |
+| 74, disk full | stop, with the disk |
+| 16 and 17, Megatron's rerun check | stop: a start that goes well would hide a suspicious result |
+| 78, refused; 73, another job of the stage runs; 127, no such command | stop: nothing would change |
+| killed by a signal (137 and the like), or no trace | stop (on Slurm again: see below) |
+| any other code, a crash | stop |
+
+On this machine a kill stops the chain, because whoever did it, or the memory that it lacked, is here to be asked; on Slurm a node may have
+failed, so launchers/slurm_job.py starts the stage again, within a limit. A launcher that was asked to stop starts nothing more.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from launchers.hang import EXIT_HUNG, EXIT_HUNG_REPEATEDLY, MAX_HANGS
 from launchers.wrapper import EXIT_BUSY
 
 EXIT_FINISHED = 0
+EXIT_DISK_FULL = 74  # EX_IOERR: no space left
 EXIT_SAVED = 75  # EX_TEMPFAIL: saved, start me again
 EXIT_REFUSED = 78  # EX_CONFIG: configuration or hand-off; starting again changes nothing
 
@@ -70,6 +88,31 @@ def decide(
                 "stop", f"it was started {starts} times by this launcher", f"see its log for why; {SAME_COMMAND}", EXIT_SAVED
             )
         return Decision("again", f"saved at step {step_after}, to be resumed")
+    if exit_code == EXIT_HUNG:
+        if starts >= MAX_STARTS_PER_LAUNCH:
+            return Decision("stop", f"{reason}; start {starts} of this launcher", f"see its log; {SAME_COMMAND}", EXIT_HUNG)
+        return Decision("again", f"{reason}; starting it from its last checkpoint (step {step_after})")
+    if exit_code == EXIT_HUNG_REPEATEDLY:
+        return Decision(
+            "stop",
+            f"{reason}; that was hang {MAX_HANGS} in a row without a new checkpoint (it is of step {step_after})",
+            f"see in its log where the ranks stand; if it is only slow, set QUARRY_HANG_SECONDS higher; {SAME_COMMAND}",
+            EXIT_HUNG_REPEATEDLY,
+        )
+    if exit_code == EXIT_DISK_FULL:
+        return Decision(
+            "stop",
+            f"{reason} (74)",
+            f"free space there, or lower keep_checkpoints of the phase; {SAME_COMMAND}",
+            EXIT_DISK_FULL,
+        )
+    if exit_code in (16, 17):
+        return Decision(
+            "stop",
+            reason,
+            f"find the cause before going on (another node, ECC errors, the batch that its last lines name); then {SAME_COMMAND}",
+            exit_code,
+        )
     if exit_code == EXIT_REFUSED:
         return Decision(
             "stop",

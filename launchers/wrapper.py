@@ -3,9 +3,10 @@
     python -m launchers.wrapper --job STAGE_DIR/job.json --attempt N
 
 It outlives the launcher: a launcher that was killed finds the outcome in the journal later. It holds the stage's lock while it runs,
-so that a second job of the same stage ends at once instead of training twice. The stage's output goes to log.txt.
+so that a second job of the same stage ends at once instead of training twice. The stage's output goes to log.txt. A stage that makes no
+progress any more (launchers/hang.py) is ended, after the stacks of its ranks were written to the log.
 
-Exit code: that of the stage's command (128 + n if signal n ended it), or EXIT_BUSY.
+Exit code: that of the stage's command (128 + n if signal n ended it), EXIT_BUSY, EXIT_HUNG or EXIT_HUNG_REPEATEDLY.
 """
 
 from __future__ import annotations
@@ -25,15 +26,23 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
+from typing import BinaryIO
 
 import psutil
 
+from launchers import hang
+from launchers.errors import LaunchError
+from launchers.hang import EXIT_HUNG, EXIT_HUNG_REPEATEDLY, MAX_HANGS
 from launchers.journal import Journal
 from launchers.processes import end_all
 from launchers.stage_job import StageJob
+from launchers.steps import checkpoint_step
 
 EXIT_BUSY = 73
 """Another job of this stage holds its lock."""
+
+ATTEMPT_VARIABLE = "QUARRY_ATTEMPT"
+"""Number of the attempt, for the marks in what each rank prints."""
 
 POLL_SECONDS = 0.05
 LEFTOVER_GRACE_SECONDS = 5.0
@@ -82,13 +91,20 @@ def run(job: StageJob, attempt: int, journal: Journal) -> int:
         )
         watch = FirstStep(Path(job.stage_dir) / "metrics.jsonl")
         forwarder = Forwarder()
+        environment = {**os.environ, **job.environment, ATTEMPT_VARIABLE: str(attempt)}
+        try:
+            hang_watch = hang.HangWatch(job, hang.Limits.of(environment))
+        except LaunchError as error:
+            log.write(f"refused: {error}\n".encode())
+            journal.append("outcome", stage=job.stage, attempt=attempt, exit_code=78, reason=f"refused: {error}", seconds=0.0)
+            return 78
         try:
             process = subprocess.Popen(
                 job.command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **job.environment},
+                env=environment,
                 start_new_session=True,
                 preexec_fn=_die_with_parent,  # no threads here, so it is safe
             )
@@ -108,6 +124,7 @@ def run(job: StageJob, attempt: int, journal: Journal) -> int:
             stage_pid=process.pid,
         )
         first_step_seconds = None
+        hung: str | None = None
         while True:
             try:
                 exit_code = process.wait(timeout=POLL_SECONDS)
@@ -116,11 +133,23 @@ def run(job: StageJob, attempt: int, journal: Journal) -> int:
                 pass
             if first_step_seconds is None and watch.seen():
                 first_step_seconds = time.monotonic() - begun
-        left = psutil.Process().children(recursive=True)
+            found = hang_watch.check(first_step_seconds is not None, _descendants)
+            if found is not None:
+                hung = end_hung(job, process, found, log)
+                exit_code = process.wait()
+                break
+        left = _descendants()
         if left:
             log.write(f"==== {len(left)} processes outlived the command; ending them\n".encode())
             end_all(left, LEFTOVER_GRACE_SECONDS)
         reason = describe_exit(exit_code, forwarder.received)
+        hang_fields: dict[str, int] = {}
+        if hung is not None and exit_code != 0:
+            journal.poll()
+            hangs = hang.count_hangs(journal.rows, job)
+            exit_code = EXIT_HUNG if hangs < MAX_HANGS else EXIT_HUNG_REPEATEDLY
+            hang_fields = {"hangs": hangs, "checkpoint_step": checkpoint_step(job)}
+            reason = f"hung: {hung}; ended" + (f" after {forwarder.received}" if forwarder.received else "")
         log.write(f"==== attempt {attempt} ended: {reason}\n".encode())
     journal.append(
         "outcome",
@@ -131,8 +160,31 @@ def run(job: StageJob, attempt: int, journal: Journal) -> int:
         seconds=round(time.monotonic() - begun, 3),
         first_step_seconds=None if first_step_seconds is None else round(first_step_seconds, 3),
         max_rss_bytes=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        **hang_fields,
     )
     return exit_code if exit_code >= 0 else 128 - exit_code
+
+
+def end_hung(job: StageJob, process: subprocess.Popen[bytes], found: hang.Hang, log: BinaryIO) -> str:
+    """Diagnose a hung stage and end all its processes; returns what was found, in one phrase. `process` is left to be waited for."""
+    log.write(f"==== hung: {found}; {hang.VARIABLE} sets another limit\n".encode())
+    where = hang.diagnose(job, _descendants(), log)
+    grace = min(hang.GRACE_SECONDS, found.limit_seconds)
+    log.write(f"==== ending its processes, with {grace:.0f} s for those that can still save\n".encode())
+    for one in _descendants():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.terminate()
+    try:
+        process.wait(timeout=grace)
+    except subprocess.TimeoutExpired:
+        for one in _descendants():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+    return f"{found}" + (f"; {where}" if where else "")
+
+
+def _descendants() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
 
 
 class Forwarder:
@@ -190,6 +242,7 @@ def describe_exit(exit_code: int, received: str | None) -> str:
         0: "finished",
         16: "stopped by Megatron's rerun check (16): an unexpected result, not yet known whether it repeats; suspect the hardware",
         17: "stopped by Megatron's rerun check (17): a result failed its validation; suspect data, code or hardware",
+        74: "no space left on the disk that its last lines name",
         75: "saved, to be resumed",
         78: "refused its configuration or hand-off",
     }

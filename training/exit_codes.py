@@ -2,6 +2,8 @@
 
 FINISHED = 0
 """Done, also when it had been done before; or, from a rank, saved after a signal or at a time limit."""
+DISK_FULL = 74
+"""EX_IOERR: no space (or no quota) was left where the stage writes; it goes on from its last checkpoint once there is."""
 REQUEUE = 75
 """EX_TEMPFAIL: saved and to be resumed."""
 REFUSED = 78

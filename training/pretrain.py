@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 from data_prep.files import write_json
 from recipes.schedules import learning_rate_function
 from recipes.schema import Recipe
-from training import fast_import
+from training import disk, fast_import, stacks
 from training.arguments import Load, add_granite_arguments, compile_phase
-from training.exit_codes import FINISHED, REFUSED
+from training.exit_codes import DISK_FULL, FINISHED, REFUSED
 from training.files import digest_folder
 from training.handoff import Drawn, FileRecord, Handoff, latest_step
 from training.versions import versions
@@ -34,8 +36,22 @@ class LossGate(RuntimeError):
 def run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, training_digest: str) -> int:
     """Train `stage` from `load` to its end and hand off; the process environment holds RANK, WORLD_SIZE and the rendezvous.
 
-    Returns 0, with or without a hand-off: without one the phase was interrupted after a save (signal or time limit).
+    Returns 0, with or without a hand-off: without one the phase was interrupted after a save (signal or time limit); DISK_FULL if a
+    write of any kind found no space.
     """
+    stage_dir = run_dir / "stages" / stage
+    stacks.separate_rank(stage_dir, int(os.environ["RANK"]))
+    try:
+        return _run_rank(recipe, stage, run_dir, load, training_digest)
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        if not disk.is_full(error):
+            raise
+        traceback.print_exc()
+        print(disk.message(stage_dir), file=sys.stderr, flush=True)
+        return DISK_FULL
+
+
+def _run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, training_digest: str) -> int:
     import_megatron(recipe)
     import megatron.training.training as upstream
     import torch

@@ -2,8 +2,8 @@
 
     python -m training.stage --run-dir runs/smoke --stage foundation
 
-Exit codes: 0 finished (also when it had finished before); 75 saved and to be resumed; 78 refused, a configuration or hand-off is wrong;
-16 and 17 Megatron's rerun check found a suspicious result; any other: a crash.
+Exit codes: 0 finished (also when it had finished before); 74 no space left on the disk; 75 saved and to be resumed; 78 refused, a
+configuration or hand-off is wrong; 16 and 17 Megatron's rerun check found a suspicious result; any other: a crash.
 
 On CPU the ranks are forked from this process after one import of torch and Megatron, because on a laptop the imports of every rank are
 most of a short stage's time. On GPUs torchrun makes them.
@@ -24,8 +24,8 @@ from pathlib import Path
 from types import FrameType
 
 from recipes.schema import Recipe, RecipeError
-from training import fast_import
-from training.exit_codes import FINISHED, REFUSED, REQUEUE
+from training import disk, fast_import, stacks
+from training.exit_codes import DISK_FULL, FINISHED, REFUSED, REQUEUE
 
 # After the first rank died the others wait in a collective for it; gloo notices in milliseconds, so this is generous.
 GRACE_SECONDS = 10.0
@@ -38,21 +38,32 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run-dir", type=Path, required=True, help="folder of the run; holds recipe.json")
     parser.add_argument("--stage", required=True)
     options = parser.parse_args(argv)
+    stacks.on_request()
     try:
-        recipe = Recipe.read(options.run_dir / "recipe.json")
-        kind = recipe.stage_kind(options.stage)
+        return run_stage(options.run_dir, options.stage)
+    except Exception as error:
+        if not disk.is_full(error):
+            raise
+        print(disk.message(options.run_dir / "stages" / options.stage), file=sys.stderr, flush=True)
+        return DISK_FULL
+
+
+def run_stage(folder: Path, stage: str) -> int:
+    try:
+        recipe = Recipe.read(folder / "recipe.json")
+        kind = recipe.stage_kind(stage)
     except RecipeError as error:
         return refuse(error)
     os.environ.setdefault("OMP_NUM_THREADS", str(recipe.cluster.threads_per_rank))
-    run_dir = options.run_dir.resolve()
+    run_dir = folder.resolve()
     if kind == "phase":
-        return run_phase(recipe, options.stage, run_dir)
+        return run_phase(recipe, stage, run_dir)
     from training import finish
 
     try:
         if kind == "merge":
-            return finish.run_merge(recipe, options.stage, run_dir)
-        return finish.run_export(recipe, options.stage, run_dir)
+            return finish.run_merge(recipe, stage, run_dir)
+        return finish.run_export(recipe, stage, run_dir)
     except finish.REFUSALS as error:
         return refuse(error)
 
