@@ -22,6 +22,8 @@ COMMANDS = {
     "doctor": ("launchers.doctor_command", "what this machine has and lacks, and whether a recipe can run here"),
     "launch": ("launchers.launch_command", "run a curriculum, or go on with it where it stopped"),
     "status": ("launchers.status", "show where a run stands, or list the runs"),
+    "logs": ("launchers.logs_command", "show what a stage printed, whole or of one rank, and follow it"),
+    "cancel": ("launchers.cancel_command", "stop a run; the running stage saves"),
     "report": ("launchers.report", "write a run's report, one HTML page"),
     "convert": ("launchers.convert_command", "convert between a Megatron checkpoint and a Hugging Face folder"),
 }

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 
+from launchers.errors import LaunchError
+
 RUNS_ROOT = Path("runs")
 EXIT_UNFINISHED_BADLY = 1
+WATCH_SECONDS = 0.2
 
 EPILOG = """examples:
   quarry status                 the runs under runs/, the latest first
   quarry status smoke-tiny      its stages: state, step, tokens, loss, speed, time left
   quarry status /data/runs/x    a run anywhere
+  quarry status smoke-tiny --watch   the same, kept up to date until the run ends
 
 exit codes: 0 finished, running or not begun; 1 a stage failed or was interrupted; 2 there is no such run.
 """
@@ -27,6 +32,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", nargs="?", metavar="RUN", help="name of a run, or its folder")
+    parser.add_argument("--watch", action="store_true", help="go on until the run ends (Ctrl-C ends the watching only)")
     parser.add_argument("--runs-root", type=Path, default=RUNS_ROOT, metavar="DIR", help="folder of the runs (default: runs)")
     return parser
 
@@ -35,6 +41,10 @@ def run(args: argparse.Namespace) -> int:
     from launchers.view import terminal
 
     console = terminal()
+    if args.watch:
+        if not args.name:
+            raise LaunchError("--watch follows one run: name it (`quarry status` lists the runs)")
+        return watch_run(console, args.name, args.runs_root)
     return show_run(console, args.name, args.runs_root) if args.name else show_list(console, args.runs_root)
 
 
@@ -51,6 +61,43 @@ def show_run(console: Any, name: str, runs_root: Path) -> int:
     if progress.broken_lines:
         console.print(f"{progress.broken_lines} lines that a crash cut were left out", style="dim")
     return EXIT_UNFINISHED_BADLY if progress.state in ("failed", "interrupted") else 0
+
+
+def watch_run(console: Any, name: str, runs_root: Path) -> int:
+    """Show a run until nothing of it runs or waits any more; then as `show_run`."""
+    from launchers.progress import RunProgress
+    from launchers.runs import find_run
+    from launchers.view import View
+
+    run = find_run(name, runs_root)
+    progress = RunProgress(run)
+    with View(progress, console) as view:
+        while True:
+            view.update()
+            if not is_going_on(progress):
+                break
+            time.sleep(WATCH_SECONDS)
+        view.update(force=True)
+    if console.is_terminal and progress.state != "finished":  # the table stays on the terminal
+        return EXIT_UNFINISHED_BADLY if progress.state in ("failed", "interrupted") else 0
+    return show_run(console, name, runs_root)
+
+
+def is_going_on(progress: Any) -> bool:
+    """Whether a launcher, a stage or a Slurm job of the run may still bring it forward, as far as its folder tells."""
+    from launchers.cancel_command import is_locked, live_launcher
+
+    if progress.state == "finished":
+        return False
+    if live_launcher(progress.journal.rows) is not None or is_locked(progress.run):
+        return True
+    if progress.state == "running":
+        return True
+    last = {row["stage"]: row for row in progress.journal.rows if row.get("stage")}
+    jobs = [row for row in last.values() if row.get("executor") == "slurm" or row.get("decision") == "again"]
+    stopped = any(row.get("decision") == "stop" or row["event"] == "cancel" for row in last.values())
+    slurm = any(row.get("executor") == "slurm" for row in progress.journal.rows)
+    return slurm and bool(jobs) and not stopped
 
 
 def show_list(console: Any, runs_root: Path) -> int:

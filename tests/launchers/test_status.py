@@ -136,3 +136,23 @@ def test_cut_journal_is_said(run: RunFolder, capsys: pytest.CaptureFixture[str])
     Journal(run.journal).append("outcome", stage="a", attempt=1, exit_code=1, reason="r", seconds=1.0)
     assert cli.main(["status", str(run.path)]) == 1
     assert "1 lines that a crash cut were left out" in capsys.readouterr().out
+
+
+def test_watch_follows_a_run_to_its_end(harness: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    drive = Path(__file__).with_name("drive.py")
+    env = {**os.environ, "FAKE_STEP_SECONDS": "0.2"}
+    launcher = subprocess.Popen([sys.executable, str(drive), str(harness.root)], env=env, stdout=subprocess.DEVNULL)
+    while not (harness.run_dir / "journal.jsonl").exists():
+        assert launcher.poll() is None
+    assert cli.main(["status", str(harness.run_dir), "--watch"]) == 0
+    assert launcher.wait(30) == 0
+    printed = capsys.readouterr().out
+    assert "[a] " in printed
+    assert "✓ finished" in printed
+
+
+def test_watch_of_a_run_that_nothing_brings_forward_ends_at_once(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["status", str(run.path), "--watch"]) == 0
+    assert "waiting" in capsys.readouterr().out
+    assert cli.main(["status", "--watch"]) == 2
+    assert "name it" in capsys.readouterr().err
