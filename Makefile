@@ -22,6 +22,7 @@ run: $(STAMP)  ## train the smoke curriculum here, under runs/ (no GPU needed)
 	$(QUARRY) launch curriculum=smoke cluster=local $(OVERRIDES)
 
 test: $(STAMP)  ## the tests
+	bash scripts/slurm_packages.sh
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST)
 
 lint: $(STAMP)  ## ruff: rules and format
