@@ -55,8 +55,9 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/quarry/source
 COPY requirements.lock pyproject.toml README.md LICENSE ./
+# Triton stays, other than in the gpu target: megatron-core imports it on CPU too, and the CPU build of torch does not bring it.
 RUN python -m venv /opt/quarry/venv \
- && grep -Ev '^ |^#|^(torch|triton)==|^(nvidia|cuda)-' requirements.lock > /opt/quarry/requirements.txt \
+ && grep -Ev '^ |^#|^torch==|^(nvidia|cuda)-' requirements.lock > /opt/quarry/requirements.txt \
  && /opt/quarry/venv/bin/python -m pip install --no-deps -r /opt/quarry/requirements.txt \
  && /opt/quarry/venv/bin/python -m pip install --no-deps --index-url "${TORCH_CPU_INDEX}" "$(grep '^torch==' requirements.lock)"
 COPY recipes recipes
