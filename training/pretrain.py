@@ -41,13 +41,15 @@ def run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, train
     """
     stage_dir = run_dir / "stages" / stage
     stacks.separate_rank(stage_dir, int(os.environ["RANK"]))
+    checkpoints = stage_dir / "checkpoints"  # may be a mount of its own
+    witness = disk.Witness()
     try:
         return _run_rank(recipe, stage, run_dir, load, training_digest)
     except BaseException as error:  # torch's CheckpointException is no Exception
-        if not disk.is_full(error):
+        if not (witness.seen or disk.is_full(error, checkpoints)):
             raise
         traceback.print_exc()
-        print(disk.message(stage_dir), file=sys.stderr, flush=True)
+        print(disk.message(checkpoints), file=sys.stderr, flush=True)
         return DISK_FULL
 
 

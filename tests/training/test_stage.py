@@ -105,3 +105,43 @@ def test_an_unknown_run_is_refused(tmp_path):
     )
     assert done.returncode == 78
     assert "no resolved recipe" in done.stderr
+
+
+def test_a_full_disk_has_its_own_exit_code_and_names_the_disk(tmp_path):
+    """/dev/full gives the kernel's own error; Megatron's writers pass it on wrapped, so the rank wraps it twice."""
+    body = f"""
+        import pathlib, training.pretrain as pretrain
+        def save(*arguments):
+            try:
+                with open("/dev/full", "w") as f:
+                    f.write("x" * 100_000)
+            except OSError as error:
+                raise RuntimeError("worker failed") from RuntimeError(str(error))
+        pretrain._run_rank = save
+        return pretrain.run_rank(None, "a", pathlib.Path({str(tmp_path)!r}), None, "")
+        """
+    code, output = run(body)
+    assert code == 74
+    assert f"disk full: no space or quota is left under {tmp_path / 'stages' / 'a' / 'checkpoints'} (file system " in output
+    assert "keep_checkpoints" in output
+
+
+def test_stacks_and_output_of_every_rank_are_in_its_own_files(tmp_path):
+    body = f"""
+        import pathlib
+        from training import stacks
+        def blocked_here():
+            os.kill(os.getpid(), signal.SIGUSR2)
+        stacks.separate_rank(pathlib.Path({str(tmp_path)!r}), rank)
+        print("this is rank " + str(rank) + chr(10), end="")  # one write: lines of several ranks do not mix
+        blocked_here()
+        return 0
+        """
+    code, output = run(body)
+    assert code == 0
+    for rank in (0, 1):
+        assert f"this is rank {rank}" in output
+        assert (tmp_path / "ranks" / f"rank-{rank}.txt").read_text().splitlines()[1:] == [f"this is rank {rank}"]
+        written = (tmp_path / "ranks" / f"rank-{rank}.stacks.txt").read_text()
+        assert written.startswith(f"rank {rank}, process ")
+        assert "in blocked_here" in written
