@@ -199,7 +199,7 @@ def diagnose(job: StageJob, processes: list[psutil.Process], log: BinaryIO) -> s
             with contextlib.suppress(psutil.Error, OSError):
                 process.send_signal(signal.SIGUSR2)
                 time.sleep(DUMP_SECONDS)
-    alive = {process.pid for process in processes}
+    alive = {process.pid: process for process in processes}
     frames: dict[str, list[int]] = {}
     for rank, (pid, path) in sorted(ranks.items()):
         if pid not in alive:
@@ -211,18 +211,23 @@ def diagnose(job: StageJob, processes: list[psutil.Process], log: BinaryIO) -> s
             log.write(f"==== stacks of rank {rank}:\n{text}".encode())
         else:
             log.write(f"==== stacks of rank {rank}: {path}\n".encode())
-        frames.setdefault(innermost_frame(text), []).append(rank)
-    # The fewest first: where one rank stands elsewhere than all others, the others wait for it.
-    groups = sorted(frames.items(), key=lambda item: len(item[1]))
-    shown = [f"{_ranks(numbers)} in {frame}" for frame, numbers in groups[:3]]
+        frame = innermost_frame(text)
+        if frame is None:
+            with contextlib.suppress(psutil.Error):  # a stopped process, or one in a system call that cannot be interrupted
+                log.write(b"no stack came\n")
+                frame = f"no Python stack (its process is '{alive[pid].status()}')"
+        frames.setdefault(frame or "no Python stack (its process has ended)", []).append(rank)
+    # The fewest first, and those that do not even answer: where one rank stands elsewhere than all others, the others wait for it.
+    groups = sorted(frames.items(), key=lambda item: (not item[0].startswith("no Python stack"), len(item[1])))
+    shown = [f"{_ranks(numbers)}: {frame}" for frame, numbers in groups[:3]]
     return "; ".join(shown) + (f"; {len(groups) - 3} more places" if len(groups) > 3 else "")
 
 
-def innermost_frame(stacks: str) -> str:
-    """`function (file.py:12)` of the thread that took the signal, the main thread of a blocked rank."""
+def innermost_frame(stacks: str) -> str | None:
+    """`function (file.py:12)` of the thread that took the signal, the main thread of a blocked rank; None if there is no stack."""
     current = stacks.partition("Current thread")[2] or stacks
     found = re.search(r'File "([^"]*)", line (\d+) in (.+)', current)
-    return f"{found[3]} ({found[1]}:{found[2]})" if found else "an unknown place (no stack came)"
+    return f"{found[3]} ({found[1]}:{found[2]})" if found else None
 
 
 def _ranks(numbers: list[int]) -> str:

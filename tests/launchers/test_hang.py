@@ -85,8 +85,8 @@ def test_hung_ranks_are_ended_with_their_stacks_and_the_slowest_is_named(tmp_pat
     assert code == outcome["exit_code"] == EXIT_HUNG
     assert seconds < 30
     assert outcome["reason"].startswith("hung: no progress for")
-    assert "after step 3 (limit 2 s); rank 1 in read_a_broken_disk" in outcome["reason"]
-    assert "; ranks 0, 2 in all_reduce" in outcome["reason"]
+    assert "after step 3 (limit 2 s); rank 1: read_a_broken_disk" in outcome["reason"]
+    assert "; ranks 0, 2: all_reduce" in outcome["reason"]
     log = job.log.read_text()
     assert "==== stacks of rank 1:" in log
     assert "in read_a_broken_disk" in log
@@ -95,6 +95,14 @@ def test_hung_ranks_are_ended_with_their_stacks_and_the_slowest_is_named(tmp_pat
     decision = decide(code, reason=outcome["reason"], handed_off=False, step_before=0, step_after=0, starts=1, stop_signal=None)
     assert decision.action == "again"
     assert "rank 1" in decision.reason
+
+
+def test_a_rank_that_does_not_answer_is_named_first(tmp_path: Path) -> None:
+    script = RANKS.replace("signal.signal(signal.SIGTERM, signal.SIG_IGN)", "os.kill(os.getpid(), signal.SIGSTOP)")
+    code, outcome, _ = run(make_job(tmp_path, script, QUARRY_HANG_SECONDS="1.5"))
+    assert code == EXIT_HUNG
+    assert "; rank 1: no Python stack (its process is 'stopped'); ranks 0, 2: all_reduce" in outcome["reason"]
+    assert processes.stage_processes(tmp_path / "stages" / "a") == []
 
 
 def test_third_hang_without_a_new_checkpoint_has_another_code(tmp_path: Path) -> None:
@@ -208,4 +216,4 @@ def test_innermost_frame_is_of_the_thread_that_took_the_signal() -> None:
         'Current thread 0x2 (most recent call first):\n  File "b.py", line 7 in wait\n  File "c.py", line 8 in main\n'
     )
     assert innermost_frame(dump) == "wait (b.py:7)"
-    assert "no stack" in innermost_frame("")
+    assert innermost_frame("") is None
