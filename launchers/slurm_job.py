@@ -21,6 +21,7 @@ from launchers.journal import Journal, attempts, last_outcome, stage_rows
 from launchers.jsonl import Row
 from launchers.stage_job import DATA, StageJob
 from launchers.steps import checkpoint_step
+from launchers.wrapper import EXIT_BUSY
 from launchers.wrapper import main as run_wrapper
 
 EXIT_AGAIN = policy.EXIT_SAVED
@@ -95,7 +96,8 @@ def decide(job: StageJob, rows: list[Row], attempt: int, step_before: int, step_
     if decision.action == "stop" and code == policy.EXIT_SAVED and preempted:
         # Told to stop before its first step was done: that is no fault of the stage, but must not go on for ever.
         return _again_or_stop(job, rows, step_after, f"{reason}, before a step was saved"), True
-    if decision.action == "stop" and (code is None or code < 0 or code in FAULTS or preempted):
+    # EXIT_BUSY: after a requeue the job before may still be ending on its node.
+    if decision.action == "stop" and (code is None or code < 0 or code in FAULTS or code == EXIT_BUSY or preempted):
         return _again_or_stop(job, rows, step_after, reason or decision.reason), True
     return decision, False
 
