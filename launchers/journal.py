@@ -13,6 +13,7 @@ Every row has `time` (UTC, ISO 8601) and `event`:
     outcome             {"stage", "attempt", "exit_code", "reason", "seconds", "first_step_seconds", "max_rss_bytes"}   by the wrapper
     decision            {"stage", "attempt", "decision": next | again | stop, "reason"}
     signal              {"signal", "stage"}
+    cancel              {"reason", and "stage", "job", "pids", "pid", "kill" where known}
     end                 {"exit_code", "reason"}
 
 The stage `data` is the preparation of the data.

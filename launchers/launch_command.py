@@ -9,6 +9,8 @@ from launchers.recipe_arguments import add_recipe_arguments
 
 EPILOG = """examples:
   quarry launch curriculum=smoke cluster=local              train the smoke curriculum here; the same command continues it
+  quarry launch cluster=slurm cluster.options.account=A cluster.options.partition=P
+                                                            submit every stage, each after the one before; again: only what is missing
   quarry launch curriculum=smoke cluster=local --dryrun     show what would be started
   quarry launch --continue smoke-tiny                       go on with a run as recorded, also after the recipes have changed
   quarry launch curriculum=smoke cluster=local --run second phase.foundation.tokens=1e5
@@ -38,7 +40,15 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--run", dest="run_name", metavar="NAME", help="name of the run (default: from curriculum and model)")
     parser.add_argument("--from", dest="first", metavar="STAGE", help="begin with this stage; those before it must be finished")
     parser.add_argument("--to", dest="last", metavar="STAGE", help="stop after this stage")
-    parser.add_argument("--dryrun", "--dry-run", action="store_true", help="print the commands of the stages and start nothing")
+    parser.add_argument(
+        "--dryrun",
+        "--dry-run",
+        action="store_true",
+        help="print the commands of the stages (Slurm: the batch scripts, also written to RUN/scripts) and start nothing",
+    )
+    parser.add_argument(
+        "--watch", action="store_true", help="Slurm: follow the run after submitting (Ctrl-C ends the watching only)"
+    )
     parser.add_argument(
         "--accept-changes",
         action="store_true",
@@ -78,4 +88,12 @@ def run(args: argparse.Namespace) -> int:
         last=args.last,
         accept_changes=args.accept_changes,
     )
-    return launch.dryrun() if args.dryrun else launch.start()
+    if args.dryrun:
+        return launch.dryrun()
+    code = launch.start()
+    if code == 0 and args.watch and recipe.cluster.kind == "slurm":  # elsewhere a launch shows its run anyway
+        from launchers.status import watch_run
+        from launchers.view import terminal
+
+        return watch_run(terminal(), str(launch.run.path), RUNS_ROOT)
+    return code
