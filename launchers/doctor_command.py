@@ -126,6 +126,11 @@ def judge(recipe: Recipe, findings: Findings) -> list[Verdict]:
         if kind == "docker" and asked and not options.get("container_image"):
             build = "docker build --target gpu -t quarry:gpu ."
             reasons.append(f"cluster.options.container_image = null: no image; `{build}`, then set it to quarry:gpu")
+        if kind == "docker":
+            reasons.append(
+                "cluster.kind = docker: `quarry launch` starts no containers yet; start the image by hand (docs/docker.md) and launch in it "
+                "with cluster=local"
+            )
         if kind == "slurm" and options.get("container_image") and findings.line("pyxis").state == "missing":
             missing.append("pyxis")
         reasons += [str(problem) for problem in lint(there)]

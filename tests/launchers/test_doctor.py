@@ -250,7 +250,9 @@ def test_docker(capsys, folder: Path) -> None:
     assert line(answer, "docker")["state"] == "ok"
     assert code == 1
     assert "docker build --target gpu" in verdict(answer, "docker")["reasons"][0]
-    assert doctor(capsys, machine(folder), "cluster=docker", "cluster.options.container_image=quarry:gpu")[0] == 0
+    code, answer = doctor(capsys, machine(folder), "cluster=docker", "cluster.options.container_image=quarry:gpu")
+    assert code == 1
+    assert [reason.partition(":")[0] for reason in verdict(answer, "docker")["reasons"]] == ["cluster.kind = docker"]
     script(folder, "docker", "print('28.2.2' if sys.argv[1] == 'version' else '{\"runc\": {}}')")
     assert line(doctor(capsys, machine(folder))[1], "docker")["state"] == "warning"
 
