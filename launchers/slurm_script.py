@@ -164,8 +164,8 @@ class SlurmScripts:
     def _mounts(self) -> list[str]:
         if not self.options.container_image:
             return []
-        paths = {str(self.code), self.workdir, str(self.run_dir.parent), os.path.abspath(self.recipe.data.root)}
-        own = [shell_word("a folder to mount", path) for path in sorted(paths)]
+        paths = [os.path.abspath(self.recipe.data.root), str(self.run_dir.parent), self.workdir, str(self.code)]
+        own = [shell_word("a folder to mount", path) for path in dict.fromkeys(paths)]
         return [*(f"{path}:{path}" for path in own), *self.options.container_mounts]
 
     def _setup_lines(self) -> str:
