@@ -16,6 +16,13 @@ from launchers.stage_job import StageJob
 STAGE = "a"
 
 
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job sets these in its own environment, which here is that of the tests."""
+    for name in ("NODE_RANK", "NNODES"):
+        monkeypatch.setenv(name, "0")
+
+
 def job_in(folder: Path, code: str = "") -> StageJob:
     job = StageJob(
         run=folder.name,
