@@ -140,14 +140,14 @@ def test_cut_journal_is_said(run: RunFolder, capsys: pytest.CaptureFixture[str])
 
 def test_watch_follows_a_run_to_its_end(harness: Any, capsys: pytest.CaptureFixture[str]) -> None:
     drive = Path(__file__).with_name("drive.py")
-    env = {**os.environ, "FAKE_STEP_SECONDS": "0.2"}
+    env = {**os.environ, "FAKE_STEP_SECONDS": "0.5"}
     launcher = subprocess.Popen([sys.executable, str(drive), str(harness.root)], env=env, stdout=subprocess.DEVNULL)
     while not (harness.run_dir / "journal.jsonl").exists():
         assert launcher.poll() is None
     assert cli.main(["status", str(harness.run_dir), "--watch"]) == 0
     assert launcher.wait(30) == 0
     printed = capsys.readouterr().out
-    assert "[a] " in printed
+    assert any(f"[{stage}] " in printed for stage in "abc"), printed  # which one depends on how busy the machine is
     assert "✓ finished" in printed
 
 
