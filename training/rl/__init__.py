@@ -1,0 +1,1 @@
+"""Reinforcement learning inside a Megatron job: on-policy GRPO with the DAPO loss."""
