@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes.schema import Model, Phase, Recipe, RecipeError
+from recipes.schema import Model, Optimizer, Phase, Recipe, RecipeError
 
 # The distributed optimizer finds its parameter groups in a checkpoint by their maximum and minimum learning rate, so both are constants
 # of the whole curriculum; muP's groups are ratios of it. The absolute learning rate comes from training.scheduler.
@@ -46,7 +46,7 @@ def compile_phase(recipe: Recipe, stage: str, run_dir: Path, load: Load | None =
         *_model(recipe.model, phase),
         *_layout(phase),
         *_precision(phase),
-        *_optimizer(recipe, phase),
+        *_optimizer(phase.optimizer or recipe.optimizer),
         *_data(recipe, phase),
         *_checkpoints(phase, stage_dir, load),
         *(_cpu() if on_cpu else _gpu(phase, stage_dir)),
@@ -153,8 +153,7 @@ def _precision(phase: Phase) -> list[str]:
     return args
 
 
-def _optimizer(recipe: Recipe, phase: Phase) -> list[str]:
-    optimizer = phase.optimizer or recipe.optimizer
+def _optimizer(optimizer: Optimizer) -> list[str]:
     return _values(
         optimizer="adam",
         lr=NOMINAL_LR,

@@ -8,3 +8,5 @@ REQUEUE = 75
 """EX_TEMPFAIL: saved and to be resumed."""
 REFUSED = 78
 """EX_CONFIG: a configuration or hand-off is wrong; starting again changes nothing."""
+SUSPICIOUS = 17
+"""Megatron's code for a result that must not be trained on; also where reinforcement learning stops by its own rule."""

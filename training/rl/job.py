@@ -1,0 +1,139 @@
+"""What one reinforcement-learning stage is told, as one file that its ranks read; and what of it cannot be.
+
+`job.json` lies in the stage's folder; checkpoints, metrics and logs come beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from data_prep.files import digest_of, write_json
+from recipes.posttrain import Grpo
+from recipes.schema import Model, Optimizer, Parallel, Phase, Precision, RecipeError, Strict, describe
+from training import arguments as pretraining
+from training.arguments import Load
+
+RESUMABLE_CHANGES = {"save_interval_steps", "keep_checkpoints", "exit_after_minutes", "record_samples", "title"}
+"""Settings that alter where and how often things happen, not what is learned."""
+
+
+class Initial(Strict):
+    """The checkpoint that the stage starts from, whose weights are also the reference of the KL term."""
+
+    checkpoints: str
+    """Folder that holds iter_*."""
+    step: int
+
+
+class Job(Strict):
+    format: Literal["quarry.grpo/1"] = "quarry.grpo/1"
+    model: Model
+    grpo: Grpo
+    parallel: Parallel
+    precision: Precision
+    optimizer: Optimizer
+    seed: int
+    gpu: Literal["cpu", "h100", "h200", "b200", "gb200"]
+    """What a rank runs on."""
+    tokenizer: str
+    """Tokenizer folder or SentencePiece model."""
+    prompts: list[str]
+    """JSON-lines files (training/rl/prompts.py)."""
+    rewards: dict[str, Any]
+    """A reward plan (training/rewards/plan.py); empty where the caller brings a function of its own."""
+    initial: Initial | None
+    """None: random weights."""
+
+    @classmethod
+    def read(cls, path: Path) -> Job:
+        """Raises RecipeError naming the file and every wrong key."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            raise RecipeError(f"no job at {path}") from None
+        except ValidationError as error:
+            raise RecipeError(f"{path}: {describe(error)}") from None
+
+    def write(self, path: Path) -> None:
+        write_json(path, json.loads(self.model_dump_json()))
+
+    def digest(self, prompts_digest: str, tokenizer_digest: str) -> str:
+        """Of everything that decides the numbers of this stage, but for the layout: a resume must find it unchanged."""
+        return digest_of(
+            {
+                "model": self.model.model_dump(mode="json"),
+                "grpo": self.grpo.model_dump(mode="json", exclude=RESUMABLE_CHANGES),
+                "precision": self.precision.model_dump(mode="json"),
+                "optimizer": self.optimizer.model_dump(mode="json"),
+                "seed": self.seed,
+                "rewards": self.rewards,
+                "prompts": prompts_digest,
+                "tokenizer": tokenizer_digest,
+                "initial": None if self.initial is None else self.initial.model_dump(mode="json"),
+            }
+        )
+
+    def check(self) -> None:
+        """Raise RecipeError with everything that this trainer cannot do, each with a value that would pass."""
+        grpo, layout = self.grpo, self.parallel
+        problems = []
+        if layout.context > 1:
+            problems.append(f"parallel.context is {layout.context}: inference keeps whole sequences; set it to 1, use tensor parallelism")
+        if layout.virtual_pipeline is not None:
+            problems.append("parallel.virtual_pipeline is set: inference knows no interleaved schedule; set it to null")
+        if layout.overlap_param_gather:
+            problems.append("parallel.overlap_param_gather is on: rollouts would read weights before they are gathered; set it to false")
+        if self.precision.fp8_param_gather:
+            problems.append("precision.fp8_param_gather is on: the reference weights are swapped in as bf16; set it to false")
+        if layout.gpus % layout.model_parallel:
+            problems.append(f"parallel.gpus is {layout.gpus}, not a multiple of tensor x pipeline = {layout.model_parallel}")
+        elif grpo.prompts_per_step % layout.data:
+            problems.append(
+                f"grpo.prompts_per_step is {grpo.prompts_per_step}, which {layout.data} data-parallel ranks do not divide; "
+                f"{layout.data} would pass"
+            )
+        elif grpo.samples_per_optimizer_step % (layout.data * layout.micro_batch_samples):
+            problems.append(
+                f"{grpo.samples_per_optimizer_step} samples per optimizer step are no multiple of parallel.micro_batch_samples "
+                f"{layout.micro_batch_samples} x {layout.data} data-parallel ranks; 1 would pass"
+            )
+        if grpo.kl_coefficient > 0 and self.initial is None:
+            problems.append("grpo.kl_coefficient is positive but there is no initial checkpoint to be the reference; set it to 0")
+        if problems:
+            raise RecipeError("; ".join(problems))
+
+    def compile(self, stage_dir: Path, load: Load | None) -> list[str]:
+        """The exact Megatron arguments, with those of pre-training for model, layout, precision and optimizer."""
+        grpo = self.grpo
+        samples = grpo.steps * grpo.samples_per_step
+        phase = Phase(
+            title=grpo.title,
+            tokens=samples * grpo.seq_length_tokens,
+            steps=grpo.steps * grpo.optimizer_steps_per_rollout,
+            seq_length_tokens=grpo.seq_length_tokens,
+            rope_base=grpo.rope_base,
+            global_batch_samples=grpo.samples_per_optimizer_step,
+            mixture={"name": "rollouts", "shares_percent": {}},
+            schedule={"kind": "constant", "start_lr": grpo.learning_rate},
+            parallel=self.parallel,
+            precision=self.precision,
+            save_interval_steps=grpo.save_interval_steps,
+            keep_checkpoints=grpo.keep_checkpoints,
+        )
+        arguments = [
+            *pretraining._model(self.model, phase),
+            *pretraining._layout(phase),
+            *pretraining._precision(phase),
+            *pretraining._optimizer(self.optimizer),
+            *pretraining._values(train_samples=samples, eval_iters=0, eval_interval=phase.steps + 1, seed=self.seed),
+            *pretraining._checkpoints(phase, stage_dir, load),
+            *(pretraining._cpu() if self.gpu == "cpu" else pretraining._gpu(phase, stage_dir)),
+        ]
+        if load is not None and not load.resume:
+            # Weights only: Adam's moments belong to another objective.
+            arguments.append("--finetune")
+        return arguments
