@@ -194,8 +194,13 @@ def _run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, trai
 
 def import_megatron(recipe: Recipe) -> None:
     """Import Megatron once, behind the CPU backend where the recipe's cluster has no GPU. Idempotent."""
+    import_megatron_on(recipe.cluster.gpu)
+
+
+def import_megatron_on(gpu: str) -> None:
+    """The same for ranks that run on `gpu` (Cluster.gpu)."""
     with fast_import.quick_imports():
-        if recipe.cluster.gpu == "cpu":
+        if gpu == "cpu":
             from training import cpu_backend, cpu_optimizer
 
             cpu_backend.install()

@@ -195,11 +195,19 @@ def _rank_process(rank: int, ranks: int, port: int, rank_main: Callable[[], int]
 
 
 def run_torchrun(recipe: Recipe, stage: str, run_dir: Path, load: str | None, digest: str) -> int:
-    """Start this node's ranks with torchrun; NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT come from the launcher's environment."""
+    """Start this node's ranks of a phase with torchrun."""
+    program = ["-m", "training.pretrain", "--run-dir", str(run_dir), "--stage", stage, "--training-digest", digest]
+    return torchrun(
+        recipe.phase[stage].parallel.gpus, f"phase.{stage}.parallel.gpus", [*program, *(("--load", load) if load else ())]
+    )
+
+
+def torchrun(world: int, key: str, program: list[str]) -> int:
+    """Start this node's ranks of `program` with torchrun; NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT come from the launcher's
+    environment. `key` is what sets the number of ranks `world`."""
     nodes = int(os.environ.get("NNODES", "1"))
-    world = recipe.phase[stage].parallel.gpus
     if world % nodes:
-        return refuse(RecipeError(f"phase.{stage}.parallel.gpus is {world}, which {nodes} nodes (NNODES) do not divide"))
+        return refuse(RecipeError(f"{key} is {world}, which {nodes} nodes (NNODES) do not divide"))
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if nodes > 1 and missing:
         return refuse(
@@ -214,8 +222,7 @@ def run_torchrun(recipe: Recipe, stage: str, run_dir: Path, load: str | None, di
             "--master-port",
             os.environ.get("MASTER_PORT", str(free_port())),
         ),
-        *("-m", "training.pretrain", "--run-dir", str(run_dir), "--stage", stage, "--training-digest", digest),
-        *(("--load", load) if load else ()),
+        *program,
     ]
     # CUDA_DEVICE_MAX_CONNECTIONS=1 orders communication before computation, which overlap with TP and CP needs on Hopper.
     environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ}
