@@ -82,11 +82,15 @@ class Job(Strict):
         grpo, layout = self.grpo, self.parallel
         problems = []
         if layout.context > 1:
-            problems.append(f"parallel.context is {layout.context}: inference keeps whole sequences; set it to 1, use tensor parallelism")
+            problems.append(
+                f"parallel.context is {layout.context}: inference keeps whole sequences; set it to 1, use tensor parallelism"
+            )
         if layout.virtual_pipeline is not None:
             problems.append("parallel.virtual_pipeline is set: inference knows no interleaved schedule; set it to null")
         if layout.overlap_param_gather:
-            problems.append("parallel.overlap_param_gather is on: rollouts would read weights before they are gathered; set it to false")
+            problems.append(
+                "parallel.overlap_param_gather is on: rollouts would read weights before they are gathered; set it to false"
+            )
         if self.precision.fp8_param_gather:
             problems.append("precision.fp8_param_gather is on: the reference weights are swapped in as bf16; set it to false")
         if layout.gpus % layout.model_parallel:
@@ -102,7 +106,9 @@ class Job(Strict):
                 f"{layout.micro_batch_samples} x {layout.data} data-parallel ranks; 1 would pass"
             )
         if grpo.kl_coefficient > 0 and self.initial is None:
-            problems.append("grpo.kl_coefficient is positive but there is no initial checkpoint to be the reference; set it to 0")
+            problems.append(
+                "grpo.kl_coefficient is positive but there is no initial checkpoint to be the reference; set it to 0"
+            )
         if problems:
             raise RecipeError("; ".join(problems))
 

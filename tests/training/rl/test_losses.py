@@ -65,7 +65,7 @@ def trl_loss(new, old, advantages, mask, tokens, *, beta=0.0, reference=None):
         _get_per_token_logps_and_entropies=lambda *a, **k: (new, torch.zeros_like(new), None),
         loss_type="dapo", importance_sampling_level="token", epsilon_low=LOW, epsilon_high=HIGH, beta=beta,
         top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False, aux_loss_enabled=False,
-        entropy_bonus_enabled=False,
+        _entropy_bonus_enabled=False,
         args=SimpleNamespace(delta=None, steps_per_generation=1, use_bias_correction_kl=False),
         current_gradient_accumulation_steps=1, model=SimpleNamespace(training=True), accelerator=accelerator,
         _metrics={"train": defaultdict(list)},

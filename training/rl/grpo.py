@@ -1,0 +1,307 @@
+"""One reinforcement-learning stage on this node: decides first start, resume or refuse, makes the ranks, and says how it ended.
+
+    python -m training.rl.grpo --stage-dir runs/mine/stages/math        # the folder holds job.json
+
+Exit codes: 0 finished (also when it had finished before); 74 no space left; 75 saved and to be resumed; 78 refused, a setting or a file is
+wrong; 17 stopped by its own rule (training/rl/health.py) or by a number that is not finite; any other: a crash.
+
+On CPU the ranks are forked after one import of Megatron, on GPUs torchrun makes them, as in training.stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_prep.errors import DataError
+from data_prep.files import write_json
+from data_prep.tokenizer import Tokenizer, load_tokenizer
+from recipes.schema import RecipeError
+from training import disk, fast_import, stacks
+from training.arguments import Load, add_granite_arguments
+from training.exit_codes import DISK_FULL, FINISHED, REQUEUE, SUSPICIOUS
+from training.handoff import Refused, _read_start, latest_step
+from training.rl.job import Job
+from training.rl.prompts import PromptError, Prompts, Sample, read_prompts
+
+if TYPE_CHECKING:
+    from training.rl.trainer import RewardFunction
+
+RESULT = "result.json"
+REFUSALS = (RecipeError, DataError, PromptError, Refused)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a stage reads beside its job, checked."""
+
+    tokenizer: Tokenizer
+    prompts: Prompts
+    digest: str
+    """Of everything that decides the numbers of the stage."""
+
+
+def read_inputs(job: Job) -> Inputs:
+    """Raises one of REFUSALS for whatever cannot be trained on."""
+    job.check()
+    tokenizer = load_tokenizer(Path(job.tokenizer))
+    if tokenizer.vocab_size > job.model.vocab_size:
+        raise RecipeError(
+            f"tokenizer {job.tokenizer} has {tokenizer.vocab_size} entries, model.vocab_size is {job.model.vocab_size}; use the "
+            "tokenizer that the model was trained with"
+        )
+    longest = job.grpo.seq_length_tokens - job.grpo.rollout.max_response_tokens
+    prompts = read_prompts([Path(p) for p in job.prompts], tokenizer, max_prompt_tokens=longest)
+    return Inputs(tokenizer, prompts, job.digest(prompts.digest, tokenizer.digest))
+
+
+def decide(job: Job, stage_dir: Path, digest: str) -> Load | None:
+    """What the ranks load; raises Refused if a resume would change what is learned."""
+    step = latest_step(stage_dir / "checkpoints")
+    if step is not None:
+        started = _read_start(stage_dir)
+        if started != digest:
+            raise Refused(
+                f"{stage_dir} was begun with another job, other prompts or another tokenizer (digest {started[:12]}..., now {digest[:12]}...): "
+                "a resume must not change what is learned; restore them, or start in another folder"
+            )
+        return Load(checkpoints=stage_dir / "checkpoints", step=step, resume=True)
+    if job.initial is None:
+        return None
+    folder = Path(job.initial.checkpoints) / f"iter_{job.initial.step:07d}"
+    if not folder.is_dir():
+        raise Refused(f"initial checkpoint {folder} does not exist; correct initial.checkpoints or initial.step in job.json")
+    return Load(checkpoints=Path(job.initial.checkpoints), step=job.initial.step, resume=False)
+
+
+def run_stage(stage_dir: Path, reward: RewardFunction | None = None) -> int:
+    """Train the job in `stage_dir` with this node's ranks; returns the exit code.
+
+    `reward` replaces the job's reward plan. It is a function of this process, so it only reaches ranks that are forked (on CPU).
+    """
+    from training import stage
+
+    stage_dir = stage_dir.resolve()
+    try:
+        job = Job.read(stage_dir / "job.json")
+        inputs = read_inputs(job)
+        if not job.rewards and reward is None:
+            raise RecipeError("job.json: rewards is empty; name a reward for each domain (training/rewards)")
+        load = decide(job, stage_dir, inputs.digest)
+    except REFUSALS as error:
+        return stage.refuse(error)
+    if (stage_dir / RESULT).exists():
+        print(f"{stage_dir.name}: finished ({RESULT} is there)", flush=True)
+        return FINISHED
+    if load is None or not load.resume:
+        write_json(stage_dir / "start.json", {"training_digest": inputs.digest, "reason": "reinforcement learning"})
+    start = "random weights" if load is None else f"step {load.step} of {load.checkpoints}"
+    print(f"{stage_dir.name}: {'resume' if load and load.resume else 'first start'} from {start}", flush=True)
+    if job.gpu == "cpu":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        from training.pretrain import import_megatron_on
+
+        import_megatron_on("cpu")
+        code = stage.run_forked(job.parallel.gpus, lambda: run_rank(job, stage_dir, load, inputs, reward))
+    else:
+        if reward is not None:
+            raise ValueError("a reward function cannot be handed to ranks that torchrun starts; put a reward plan into the job")
+        program = ["-m", "training.rl.grpo", "--stage-dir", str(stage_dir), "--rank"]
+        code = stage.torchrun(job.parallel.gpus, "parallel.gpus", program)
+    if code != FINISHED:
+        return code
+    return FINISHED if (stage_dir / RESULT).exists() else REQUEUE
+
+
+def run_rank(job: Job, stage_dir: Path, load: Load | None, inputs: Inputs, reward: RewardFunction | None) -> int:
+    """One rank; the process environment holds RANK, WORLD_SIZE and the rendezvous. Returns an exit code."""
+    stacks.separate_rank(stage_dir, int(os.environ["RANK"]))
+    witness = disk.Witness()
+    try:
+        return _run_rank(job, stage_dir, load, inputs, reward)
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        if not (witness.seen or disk.is_full(error, stage_dir)):
+            raise
+        traceback.print_exc()
+        print(disk.message(stage_dir), file=sys.stderr, flush=True)
+        return DISK_FULL
+
+
+def _run_rank(job: Job, stage_dir: Path, load: Load | None, inputs: Inputs, reward: RewardFunction | None) -> int:
+    from training.pretrain import import_megatron_on
+
+    import_megatron_on(job.gpu)
+    import torch
+
+    from training.hooks import SuspiciousResult
+    from training.rl.engines import build_engine
+    from training.rl.policy import Policy, ReferenceWeights
+    from training.rl.state import SamplerState
+    from training.rl.trainer import Trainer
+
+    model, optimizer, scheduler = _set_up(job, stage_dir, load, inputs.tokenizer.eod_id)
+    resumed = load is not None and load.resume
+    state = (
+        SamplerState.read(stage_dir, load.step, job.seed)
+        if load is not None and resumed
+        else SamplerState(seed=job.seed, step=0, prompt_position=0, consumed_tokens=0)
+    )
+    reference = None
+    if job.grpo.kl_coefficient > 0:
+        assert job.initial is not None, "checked by Job.check"
+        reference = ReferenceWeights(model, Path(job.initial.checkpoints) / f"iter_{job.initial.step:07d}")
+    with _reward_function(job, reward) as reward_function:
+        trainer = Trainer(
+            settings=job.grpo,
+            seed=job.seed,
+            stage_dir=stage_dir,
+            prompts=inputs.prompts,
+            tokenizer=inputs.tokenizer,
+            policy=Policy(model, optimizer, scheduler, job.grpo),
+            engine=build_engine(job, model, inputs.tokenizer, stage_dir),
+            reference=reference,
+            reward=reward_function,
+            state=state,
+        )
+        try:
+            finished = trainer.run()
+        except SuspiciousResult as error:  # on every rank alike
+            if torch.distributed.get_rank() == 0:
+                print(f"stopped: {error}", file=sys.stderr, flush=True)
+            return SUSPICIOUS
+    if finished and torch.distributed.get_rank() == 0:
+        write_json(
+            stage_dir / RESULT, {"format": "quarry.grpo_result/1", "steps": job.grpo.steps, "training_digest": inputs.digest}
+        )
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return FINISHED
+
+
+def _set_up(job: Job, stage_dir: Path, load: Load | None, eod_id: int) -> tuple[list[Any], Any, Any]:
+    """Megatron initialised, the model built and loaded: (chunks, optimizer, scheduler)."""
+    import megatron.training.training as upstream
+    from megatron.core.enums import ModelType
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.initialize import initialize_megatron
+
+    import model.builder
+    from training import token_ids
+    from training.scheduler import TokenScheduler
+
+    grpo = job.grpo
+    token_ids.install(eod_id)
+    arguments = job.compile(stage_dir, load)
+    sys.argv = ["grpo", *arguments]
+    args = parse_and_validate_args(add_granite_arguments)
+    if args.rank == 0:
+        (stage_dir / "args.txt").write_text("\n".join(arguments) + "\n")
+    initialize_megatron()
+    upstream.set_jit_fusion_options(tp_size=args.tensor_model_parallel_size)
+
+    def provide_model(
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+        config: Any = None,
+        pg_collection: Any = None,
+    ) -> Any:
+        return model.builder.build(
+            config or core_transformer_config_from_args(args),
+            job.model,
+            rope_base=grpo.rope_base,
+            max_sequence_length=grpo.seq_length_tokens,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+            pg_collection=pg_collection,
+        )
+
+    def learning_rate(samples: int) -> float:
+        """Of the optimizer step that begins after `samples` samples."""
+        step = samples // grpo.samples_per_optimizer_step + 1
+        return grpo.learning_rate * min(1.0, step / grpo.warmup_steps if grpo.warmup_steps else 1.0)
+
+    def build_scheduler(optimizer: Any) -> TokenScheduler:
+        upstream.update_train_iters(args)
+        # Counted in samples: sequences have no fixed length here.
+        scheduler = TokenScheduler(optimizer, learning_rate, seq_length_tokens=1, weight_decay=args.weight_decay)
+        scheduler.ignore_stored_position = load is None or not load.resume
+        return scheduler
+
+    upstream.get_optimizer_param_scheduler = build_scheduler
+    fast_import.results_stay_in_process()
+    return upstream.setup_model_and_optimizer(
+        ModelType.encoder_or_decoder,
+        model_provider_func=provide_model,
+        checkpointing_context={},
+        cfg_container=pretrain_cfg_container_from_args(args),
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+
+
+@contextlib.contextmanager
+def _reward_function(job: Job, reward: RewardFunction | None) -> Iterator[RewardFunction]:
+    """The caller's function, or the job's reward plan, started on the one rank of each replica that asks for rewards."""
+    import torch
+    from megatron.core import parallel_state as mpu
+
+    if reward is not None or torch.distributed.get_rank() != mpu.get_model_parallel_src_rank():
+        yield reward or _asked_elsewhere
+        return
+    from training import rewards
+
+    with rewards.Rewards(rewards.RewardPlan.parse(job.rewards, "job.json: rewards")) as scorer:
+
+        def score(samples: list[Sample]) -> list[float]:
+            return [s.value for s in scorer.score([_for_reward(sample) for sample in samples])]
+
+        yield score
+
+
+def _asked_elsewhere(samples: list[Sample]) -> list[float]:
+    raise AssertionError("rewards are asked for on the first rank of the replica")
+
+
+def _for_reward(sample: Sample) -> Any:
+    from training.rewards import Message
+    from training.rewards import Sample as RewardSample
+
+    prompt = sample.prompt
+    return RewardSample(
+        prompt=tuple(Message(role=role, content=text) for role, text in prompt.turns),
+        completion=sample.completion,
+        reference=prompt.reference,
+        domain=prompt.domain,
+        metadata=prompt.metadata,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.rl.grpo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--stage-dir", type=Path, required=True, help="folder of the stage; holds job.json")
+    parser.add_argument("--rank", action="store_true", help="be one rank (torchrun starts it)")
+    options = parser.parse_args(argv)
+    if not options.rank:
+        stacks.on_request()
+        return run_stage(options.stage_dir)
+    stage_dir = options.stage_dir.resolve()
+    job = Job.read(stage_dir / "job.json")
+    inputs = read_inputs(job)
+    return run_rank(job, stage_dir, decide(job, stage_dir, inputs.digest), inputs, None)
+
+
+if __name__ == "__main__":
+    # Without the interpreter's teardown: NCCL and loader threads can hang in it long after the work is done.
+    fast_import.leave(main())
