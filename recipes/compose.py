@@ -34,12 +34,12 @@ def compose(overrides: Sequence[str] = (), config_dirs: Iterable[Path | str] = (
 
     `overrides` are in Hydra's grammar (`model=granite_4_1_3b`, `phase.foundation.tokens=1e11`, `+extra.owner=me`, `~phase.x`).
     `tokens` is resolved to whole steps: steps = ceil(tokens / (batch * length)), tokens = steps * batch * length, and what was asked
-    for stays in `tokens_requested`. A phase, merge or export that is null does not exist.
+    for stays in `tokens_requested`. A phase, merge, sft or export that is null does not exist.
 
     Raises RecipeError, which says what is wrong and what would be right. The result is not linted: see `recipes.lint.check`.
     """
     raw = _container(overrides, [Path(d) for d in config_dirs])
-    for section in ("phase", "merge", "export"):
+    for section in ("phase", "merge", "sft", "export"):
         raw[section] = {name: stage for name, stage in (raw.get(section) or {}).items() if stage is not None}
     _check_stages(raw)
     problems: list[str] = []
@@ -201,12 +201,12 @@ def _check_stages(raw: dict[str, Any]) -> None:
         raise RecipeError(
             f"stages: must be a list of stage names (got {stages!r}); a curriculum sets it, e.g. curriculum=five_phase"
         )
-    known = [*raw["phase"], *raw["merge"], *raw["export"]]
+    known = [*raw["phase"], *raw["merge"], *raw["sft"], *raw["export"]]
     unknown = [s for s in stages if s not in known]
     if unknown:
         kept = ",".join(str(s) for s in stages if s in known)
         raise RecipeError(
-            f"stages: names {', '.join(map(str, unknown))}, which no phase, merge or export defines; defined: {', '.join(known)}; "
+            f"stages: names {', '.join(map(str, unknown))}, which no phase, merge, sft or export defines; defined: {', '.join(known)}; "
             f"without it: stages=[{kept}]"
         )
 

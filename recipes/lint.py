@@ -13,6 +13,7 @@ from recipes.lint_layout import cluster_rules, model_rules, phase_layout_rules
 from recipes.problem import Problem
 from recipes.schedules import first_peak_last, previous_phase
 from recipes.schema import Phase, Recipe, RecipeError
+from recipes.sft_stage import sft_rules
 
 SHARE_TOLERANCE_PERCENT = 1e-6
 """Slack on a sum of shares: binary floating point cannot add 16.6667 exactly."""
@@ -30,6 +31,8 @@ def lint(recipe: Recipe) -> list[Problem]:
             problems += phase_layout_rules(recipe, stage, recipe.phase[stage])
         elif stage in recipe.merge:
             problems += merge_rules(recipe, stage)
+        elif stage in recipe.sft:
+            problems += sft_rules(recipe, stage)
     return problems
 
 

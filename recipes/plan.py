@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from recipes.schedules import first_peak_last
 from recipes.schema import Model, Phase, Recipe
+from recipes.sft_options import Sft
+from recipes.sft_stage import rope_base
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,7 +96,7 @@ def human_hours(hours: float | None) -> str:
     return f"{hours / 24:.1f} d" if hours >= 48 else f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.0f} min"
 
 
-def layout_text(phase: Phase) -> str:
+def layout_text(phase: Phase | Sft) -> str:
     """'TP2+SP CP4 DP64': the dimensions that are not 1, data parallelism always."""
     layout = phase.parallel
     sizes = {"TP": layout.tensor, "PP": layout.pipeline, "VP": layout.virtual_pipeline or 1, "CP": layout.context}
@@ -132,6 +134,17 @@ def curriculum_table(recipe: Recipe) -> Table:
         if kind == "merge":
             inputs = "\n+ ".join(f"{weight:g} {name}" for name, weight in recipe.merge[stage].inputs.items())
             table.add_row(f"[dim]{stage}[/]", "", "", f"[dim]{inputs}[/]", "", "", "")
+        elif kind == "sft":
+            sft = recipe.sft[stage]
+            table.add_row(
+                f"[bold]{stage}[/]",
+                f"{sft.epochs} epochs",
+                f"{sft.global_batch_sequences} x {human_length(sft.seq_length_tokens)}\n{human_base(rope_base(recipe, stage))}",
+                f"linear\n0 → {human_lr(sft.peak_lr)} → {human_lr(sft.end_lr)}",
+                f"{len(sft.sources)} sources\n{sft.precision.name}",
+                f"{layout_text(sft)}\n{sft.parallel.gpus}",
+                "",
+            )
         elif kind == "export":
             table.add_row(f"[dim]{stage}[/]", "", "", "[dim]Hugging Face folder[/]", "", "", "")
         else:
@@ -206,7 +219,7 @@ def notes(recipe: Recipe) -> Iterable[str]:
     for stage in plans:
         if jump := recipe.phase[stage].schedule.jump:
             yield f"{stage}: learning rate jumps: {jump}"
-    unused = [s for s in [*recipe.phase, *recipe.merge, *recipe.export] if s not in recipe.stages]
+    unused = [s for s in [*recipe.phase, *recipe.merge, *recipe.sft, *recipe.export] if s not in recipe.stages]
     if unused:
         yield f"defined but not in stages, so not run: {', '.join(unused)}"
 

@@ -105,7 +105,7 @@ def test_resolved_tokens_cover_the_request_by_less_than_a_step(tokens: int, batc
         ("phase.foundation.token=3", "did you mean tokens?"),
         ("phase.foundation.parallel.tensr=2", "did you mean tensor?"),
         ("~phase.fundation", "'phase.fundation' does not exist"),
-        ("~phase.long_512k", "stages: names long_512k, which no phase, merge or export defines"),
+        ("~phase.long_512k", "stages: names long_512k, which no phase, merge, sft or export defines"),
         (
             "~phase.long_512k",
             "without it: stages=[foundation,capability,annealing,long_32k,merge_32k,long_128k,merge_128k,merge_512k,",

@@ -1,0 +1,75 @@
+"""Supervised fine-tuning as a recipe says it: samples, epochs, learning rate, packed length. Part of the schema, see recipes/schema.py.
+
+A *sample* is one conversation; a *sequence* is what samples are packed into, `seq_length_tokens` long. Megatron's batch counts sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from recipes.fields import NonNegativeFloat, PositiveFloat, PositiveInt, Strict
+from recipes.job_options import Optimizer, Parallel, Precision
+
+
+class SftSource(Strict):
+    paths: list[str]
+    """Files or glob patterns of chat samples: JSON lines (plain, gz, zst) or Parquet; format in docs/sft.md."""
+
+
+class Sft(Strict):
+    """One stage of supervised fine-tuning."""
+
+    title: str
+    sources: dict[str, SftSource]
+    """Name -> samples. All of them are trained on, `epochs` times; held-out losses are given by source."""
+    epochs: PositiveInt
+    """Times that every sample is seen, in another order each time."""
+    seq_length_tokens: PositiveInt
+    global_batch_sequences: PositiveInt
+    peak_lr: PositiveFloat
+    """Learning rate at the end of the warm-up."""
+    mup_scaling: bool = False
+    """False: the rate is that of every weight, as published rates of fine-tuning are meant. True: a base rate as in the phases, which
+    muP divides by the width multiplier for the matrices inside the layers."""
+    end_lr: NonNegativeFloat = 0.0
+    """Where the linear decay ends, with the last step."""
+    warmup_percent: NonNegativeFloat = 0.0
+    """Of the stage's steps: linear, from 0."""
+    rope_base: PositiveFloat | None = None
+    """None: that of the phase before."""
+    pack_multiple_tokens: PositiveInt | None = None
+    """Each sample takes up a multiple of this in its sequence; None: what the layout's context parallelism needs (2 * context). Give a
+    larger one when the stage may be resumed with more context parallelism."""
+    too_long: Literal["refuse", "cut"] = "refuse"
+    """A sample longer than a sequence: refused and counted, or cut to the first `seq_length_tokens` and counted."""
+    chat_template: str | None = None
+    """Jinja file with {% generation %} tags; None: the tokenizer's own."""
+    allowed_tokens: list[str] = []
+    """Special tokens that an assistant's text may spell, `<think>` say; a sample that spells another is refused."""
+    max_refused_percent: NonNegativeFloat = 5.0
+    """More refused samples of a source than this mean a wrong file, and stop the preparation."""
+    heldout_percent: NonNegativeFloat
+    """Samples of each source kept out of training, chosen by a hash of their tokens."""
+    heldout_max_samples: PositiveInt
+    """Cap on them per source."""
+    parallel: Parallel
+    precision: Precision
+    optimizer: Optimizer | None = None
+    """The stage's own optimizer settings; None: the recipe's."""
+    save_interval_steps: PositiveInt
+    keep_checkpoints: PositiveInt = 2
+    log_interval_steps: PositiveInt = 1
+    exit_after_minutes: PositiveInt | None = None
+    """Save and leave after this many minutes, to be resumed by the next job of the same stage."""
+
+    @property
+    def multiple_tokens(self) -> int:
+        """What each sample's length is rounded up to: context parallelism gives each rank two of 2 * CP pieces of every sample."""
+        if self.pack_multiple_tokens is not None:
+            return self.pack_multiple_tokens
+        return 2 * self.parallel.context if self.parallel.context > 1 else 1
+
+    def steps(self, sequences: int) -> int:
+        """Optimizer steps for `sequences` packed sequences per epoch; the last step is filled up with empty sequences."""
+        return math.ceil(self.epochs * sequences / self.global_batch_sequences)
