@@ -60,12 +60,16 @@ def test_when_a_rank_is_killed_the_others_end_too():
     assert time.monotonic() - began < 30
 
 
-def test_the_rank_that_was_killed_is_the_cause_even_when_another_ends_first():
+def test_the_rank_that_was_killed_is_the_cause_even_when_another_ends_first(tmp_path):
     """A broken connection ends a rank within milliseconds; the killed one, with all its memory, may take longer to be gone."""
-    body = """
+    body = f"""
+        ready = {str(tmp_path / "ready")!r}
         if rank == 0:
+            while not os.path.exists(ready):  # before rank 1 has its handler, SIGTERM would end it as SIGTERM does
+                time.sleep(0.01)
             return 1
         signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        open(ready, "w").close()
         time.sleep(60)
         """
     code, output = run(body)
