@@ -82,9 +82,12 @@ def plan_shards(files: list[tuple[str, int]], shard_bytes: int = SHARD_BYTES) ->
 class Buffer:
     """Memory that is also a file: filled through `view`, read by gigatoken under `path`."""
 
-    def __init__(self, size: int) -> None:
-        self.fd = os.memfd_create("block")
-        os.ftruncate(self.fd, size)
+    def __init__(self, size: int, fd: int | None = None) -> None:
+        """`fd`: of a buffer that another process made."""
+        if fd is None:
+            fd = os.memfd_create("block")
+            os.ftruncate(fd, size)
+        self.fd = fd
         self.map = mmap.mmap(self.fd, size)
         self.view = memoryview(self.map)
         self.size = size
@@ -252,21 +255,34 @@ def _broken(error: DamagedFile) -> Iterator[bytes]:
     yield b""
 
 
+class Stopped(Exception):
+    """Reading ends early: nobody wants the rest."""
+
+
+class Free(Protocol):
+    """Where a reader takes the next buffer from; None when it shall stop."""
+
+    def get(self) -> Buffer | None: ...
+
+
 class BlockReader:
     """Reads the pieces of a shard; iterate over blocks(), give each buffer back with release(). One use.
 
     After the last block `digests` (XXH3 of the bytes of each piece) and `lines` (of each piece, blank ones too) are complete.
     """
 
-    def __init__(self, pieces: list[Piece], text_key: str, buffers: int, *, as_text: bool = False) -> None:
-        """`as_text` gives every document as text, for encoders that take no JSON."""
+    def __init__(
+        self, pieces: list[Piece], text_key: str, buffers: list[Buffer], *, as_text: bool = False, free: Free | None = None
+    ) -> None:
+        """`as_text` gives every document as text, for encoders that take no JSON; `free`: where released buffers come from."""
         self.pieces, self.text_key, self.as_text = pieces, text_key, as_text
         self.digests: list[str] = []
         self.lines: list[int] = []
-        self._free: queue.SimpleQueue[Buffer] = queue.SimpleQueue()
-        self._buffers = [Buffer(BLOCK_BYTES) for _ in range(buffers)]
-        for buffer in self._buffers:
-            self._free.put(buffer)
+        self._buffers = buffers
+        self._released: queue.SimpleQueue[Buffer | None] = queue.SimpleQueue()
+        for buffer in buffers:
+            self._released.put(buffer)
+        self._free: Free = free or self._released
         self._parser = need("simdjson").Parser()
         self._block = Block()
         self._tail = 0
@@ -275,15 +291,25 @@ class BlockReader:
     def release(self, block: Block) -> None:
         if block.buffer is not None:
             block.buffer.reopen()
-            self._free.put(block.buffer)
+            self._released.put(block.buffer)
             block.buffer = None
+
+    def stop(self) -> None:
+        """Let a thread that waits in blocks() raise Stopped."""
+        self._released.put(None)
 
     def close(self) -> None:
         for buffer in self._buffers:
             buffer.close()
 
+    def _buffer(self) -> Buffer:
+        buffer = self._free.get()
+        if buffer is None:
+            raise Stopped
+        return buffer
+
     def blocks(self) -> Iterator[Block]:
-        self._block = Block(buffer=self._free.get())
+        self._block = Block(buffer=self._buffer())
         for number, piece in enumerate(self.pieces):
             digest = xxh3()
             self._place = number << LINE_BITS
@@ -296,7 +322,7 @@ class BlockReader:
     def _take(self) -> Block:
         """The block so far; what is in the buffer behind its lines moves to the next one's."""
         full = self._block
-        self._block = Block(buffer=self._free.get())
+        self._block = Block(buffer=self._buffer())
         if self._tail:
             assert full.buffer is not None
             assert self._block.buffer is not None

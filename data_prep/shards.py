@@ -1,7 +1,8 @@
 """One shard of a tokenizing job: read, encode and write at the same time; its files appear whole, its record last.
 
-Three stages run side by side: a thread reads, checks and digests blocks, some keep the tokenizer's threads busy (while one block's last
-document is finished the next block runs), and the calling thread writes in order. Memory is bounded by the number of blocks under way.
+Three stages run side by side: a process (or thread) reads, checks and digests blocks, threads keep the tokenizer's threads busy (while
+one block's last document is finished the next block runs), and the calling thread writes in order. Memory is bounded by the number of
+blocks that are read ahead and of those under way.
 """
 
 from __future__ import annotations
@@ -20,19 +21,24 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep.blocks import LINE_BITS, BlockReader, Piece, xxh3
+from data_prep.blocks import BLOCK_BYTES, LINE_BITS, Piece, Stopped, xxh3
 from data_prep.encoder_choice import Choice, make_encoder
 from data_prep.encoders import Encoded, Encoder
 from data_prep.errors import DataError
 from data_prep.plain_files import temporary_name
+from data_prep.reading_process import Reader, open_reader
 
 if TYPE_CHECKING:
     from data_prep.tokens_record import ShardRecord
 
-ENCODER_THREADS = 4
-"""With two, gigatoken's threads had no block for a fifth of the time: what is done to a block before and after waits for Python's lock."""
-BLOCKS_UNDER_WAY = ENCODER_THREADS + 2
-"""Those being encoded, one ready for them, one being read."""
+CALLS = (2, 4)
+"""Fewest and most blocks that are encoded at a time, otherwise one per thread of gigatoken's: before and behind each call Python works."""
+WAITING_BLOCKS = 2
+"""Encoded ones that wait for an earlier one."""
+BLOCKS_AHEAD = 32
+"""Buffers: what is read while the tokenizer is loaded (a third of a second), 130 MB."""
+SPARE_TOKENS = 1 << 20
+"""Of an output array that is used again and again; blocks of text have fewer."""
 LARGE_CHARS = 16 << 20
 """Blocks with a document of this size are encoded one at a time: each takes ten times its size in memory."""
 WRITEBACK_BYTES = 32 << 20
@@ -88,7 +94,7 @@ def run_shard(
 ) -> ShardRecord:
     """Tokenize the pieces into <folder>/<number>.*; `get_encoder` is called while the first blocks are being read."""
     reads_lines = job.choice.gigatoken and job.choice.normalizer is None
-    pipeline = _Pipeline(job, BlockReader(pieces, job.text_key, BLOCKS_UNDER_WAY + 2, as_text=not reads_lines))
+    pipeline = _Pipeline(job, open_reader(pieces, job.text_key, BLOCKS_AHEAD, as_text=not reads_lines))
     target = stem(job.folder, number)
     lengths: list[np.ndarray] = []
     bad: Counter[str] = Counter()
@@ -128,6 +134,7 @@ def run_shard(
                     rejects.write(line)
                     bad_digest.update(line)
                 on_progress(done.read_bytes, len(done.counts), tokens.size)
+                pipeline.spare(tokens)
             if highest >= job.vocab_size:
                 raise DataError(
                     f"{job.choice.path}: token id {highest}, but the vocabulary has {job.vocab_size} entries; "
@@ -177,11 +184,15 @@ class _Done:
 class _Pipeline:
     """Threads from a reader to packed tokens in order."""
 
-    def __init__(self, job: Job, reader: BlockReader) -> None:
+    def __init__(self, job: Job, reader: Reader) -> None:
         self.job, self.reader = job, reader
+        self.calls = min(max(job.threads, CALLS[0]), CALLS[1])
+        under_way = self.calls + WAITING_BLOCKS
         self._blocks: queue.Queue[Any] = queue.Queue()
         self._results: queue.Queue[Any] = queue.Queue()
-        self._slots = threading.Semaphore(BLOCKS_UNDER_WAY)
+        self._spare: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
+        self._slots = threading.Semaphore(under_way)
+        self._ahead = threading.Semaphore(under_way)
         self._large = threading.Semaphore(1)
         self._stopped = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -190,14 +201,14 @@ class _Pipeline:
         self._run(self._read)
 
     def encode_with(self, encoder: Encoder) -> None:
-        for _ in range(ENCODER_THREADS):
+        for _ in range(self.calls):
             self._run(lambda: self._encode(encoder))
 
     def results(self) -> Any:
         """(_Done, tokens to write) of every block, in order; raises what a thread raised."""
         waiting: dict[int, tuple[_Done, np.ndarray]] = {}
         following, ended = 0, 0
-        while ended < ENCODER_THREADS:
+        while ended < self.calls:
             item = self._results.get()
             if isinstance(item, BaseException):
                 raise item
@@ -210,12 +221,30 @@ class _Pipeline:
                 self._slots.release()
                 following += 1
 
+    def spare(self, tokens: np.ndarray) -> None:
+        """Take back tokens that were written: fresh memory costs the kernel as much as the copy into it."""
+        base = tokens.base
+        if isinstance(base, np.ndarray) and base.flags.owndata and base.dtype == tokens.dtype:  # not gigatoken's own
+            self._spare.put(base)
+
+    def _memory(self, size: int) -> np.ndarray:
+        """An array of `size` tokens with any content."""
+        try:
+            base = self._spare.get_nowait()
+        except queue.Empty:
+            base = np.empty(0, dtype=self.job.dtype)
+        if len(base) < size:
+            base = np.empty(max(size, SPARE_TOKENS), dtype=self.job.dtype)
+        return base[:size]
+
     def close(self) -> None:
         """End the threads, also when they have not finished."""
         self._stopped.set()
-        self._slots.release(BLOCKS_UNDER_WAY)
+        self._slots.release(self.calls)
+        self._ahead.release()
         self._large.release()
-        for _ in range(ENCODER_THREADS):
+        self.reader.stop()
+        for _ in range(self.calls):
             self._blocks.put(None)
         for thread in self._threads:
             thread.join()
@@ -225,6 +254,8 @@ class _Pipeline:
         def guarded() -> None:
             try:
                 work()
+            except Stopped:
+                pass  # close() asked for it
             except BaseException as error:
                 self._results.put(error)
 
@@ -234,33 +265,43 @@ class _Pipeline:
 
     def _read(self) -> None:
         for number, block in enumerate(self.reader.blocks()):
-            self._slots.acquire()
+            if block.extra_bytes > BLOCK_BYTES:
+                self._ahead.acquire()  # texts that lie in no buffer
             if block.extra_bytes > LARGE_CHARS:
                 self._large.acquire()
             if self._stopped.is_set():
                 return
             self._blocks.put((number, block))
-        for _ in range(ENCODER_THREADS):
+        for _ in range(self.calls):
             self._blocks.put(None)
 
     def _encode(self, encoder: Encoder) -> None:
-        while (item := self._blocks.get()) is not None and not self._stopped.is_set():
+        while True:
+            self._slots.acquire()  # before a block is taken, so that the blocks under way are those that follow next
+            item = self._blocks.get()
+            if item is None or self._stopped.is_set():
+                break
             number, block = item
             encoded = encoder.encode(block)
             self.reader.release(block)
-            large = block.extra_bytes > LARGE_CHARS
+            large, ahead = block.extra_bytes > LARGE_CHARS, block.extra_bytes > BLOCK_BYTES
             block.extra.clear()
-            counts, tokens = packed(encoded, self.job)
+            counts, tokens = packed(encoded, self.job, self._memory)
             done = _Done(counts, encoded.bad, encoded.text_bytes, encoded.routed, encoded.control_tokens, block.read_bytes)
             self._results.put((number, done, tokens))
             del item, block, encoded, tokens, done
+            if ahead:
+                self._ahead.release()
             if large:
                 self._large.release()
         self._results.put(None)
 
 
-def packed(encoded: Encoded, job: Job) -> tuple[np.ndarray, np.ndarray]:
-    """(counts, tokens) with what stands before and behind every document added, tokens in the dtype of the .bin."""
+def packed(encoded: Encoded, job: Job, memory: Callable[[int], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(counts, tokens) with what stands before and behind every document added, tokens in the dtype of the .bin.
+
+    `memory` gives an array of a size in that dtype.
+    """
     out_dtype = np.dtype(job.dtype)
     before = np.array(job.choice.prefix, dtype=job.dtype)
     behind = np.array([*job.choice.suffix, *(() if job.eod_id is None else (job.eod_id,))], dtype=job.dtype)
@@ -271,7 +312,7 @@ def packed(encoded: Encoded, job: Job) -> tuple[np.ndarray, np.ndarray]:
     if added == 0:
         return counts, ids.astype(job.dtype, copy=False)
     documents = len(counts)
-    out = np.empty(len(ids) + documents * added, dtype=job.dtype)
+    out = memory(len(ids) + documents * added)
     ends = np.cumsum(counts)
     if len(ids) > 64 * documents:  # long documents: a copy for each is faster than a mask over all tokens
         source = target = 0

@@ -53,6 +53,7 @@ class SmallReference:
     def __init__(self, skeleton: str, table: TokenTable, merges: np.ndarray, *, control_as_text: bool) -> None:
         self._config, self._table, self._control_as_text = json.loads(skeleton), table, control_as_text
         self._left, self._right, self._merged = map(np.ascontiguousarray, merges.T)
+        self._heads = table.heads[self._merged]
         self._characters = byte_characters()
 
     def takes(self, texts: Sequence[str]) -> bool:
@@ -79,18 +80,17 @@ class SmallReference:
     def _needed(self, content: bytes) -> tuple[np.ndarray, np.ndarray]:
         """(tokens that can be made of `content`, merges among them in their order)."""
         present = np.zeros(len(self._table.lengths), dtype=bool)
-        for number in self._table.single_bytes.tolist():
-            present[number] = self._table.bytes(number) in content
-        looked_at = np.zeros(len(self._merged), dtype=bool)
-        while True:
-            open_merges = np.flatnonzero(present[self._left] & present[self._right] & ~looked_at)
-            if not len(open_merges):
-                break
-            looked_at[open_merges] = True
-            for number in set(self._merged[open_merges].tolist()):
-                present[number] = present[number] or self._table.bytes(number) in content
-        usable = present[self._left] & present[self._right] & present[self._merged]
-        return np.flatnonzero(present), np.flatnonzero(usable)
+        singles = self._table.single_bytes
+        present[singles] = [spelled in content for spelled in self._table.many_bytes(singles)]
+        # What a merge makes can only occur where its first two bytes do: one look rules out most of the vocabulary.
+        pairs = np.zeros(1 << 16, dtype=bool)
+        points = np.frombuffer(content, np.uint8).astype(np.uint16)
+        pairs[(points[:-1] << 8) | points[1:]] = True
+        candidates = np.flatnonzero(pairs[self._heads])
+        made = self._merged[candidates]
+        present[made] = [spelled in content for spelled in self._table.many_bytes(made)]
+        usable = present[made] & present[self._left[candidates]] & present[self._right[candidates]]
+        return np.flatnonzero(present), candidates[usable]
 
     def _spelled(self, number: int) -> str:
         return "".join(self._characters[byte] for byte in self._table.bytes(number))

@@ -40,13 +40,18 @@ class TokenTable:
 
     def __post_init__(self) -> None:
         self._starts = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
+        self._bytes = self.contents.tobytes()  # slices of it cost a tenth of an array's
         # Made here and not when first asked for: several threads would ask at once.
         content = np.append(self.contents, np.zeros(2, np.uint8)).astype(np.uint32)
         first = np.where(self.lengths >= 1, content[self._starts], 0)
-        self._heads = (first << 8) | np.where(self.lengths >= 2, content[self._starts + 1], 0)
+        self.heads = (first << 8) | np.where(self.lengths >= 2, content[self._starts + 1], 0)
         """uint32: first byte << 8 | second byte of each token, 0 where there is none"""
         self._is_suspect = np.zeros(0x110000, dtype=bool)
         self._is_suspect[self.suspects] = True
+        self._control_texts: dict[str, list[str]] = {}
+        """First two characters -> control tokens: a hundred of them share theirs, and most texts have none."""
+        for content in self.many_bytes(np.flatnonzero(self.kinds & CONTROL)):
+            self._control_texts.setdefault(content.decode()[:2], []).append(content.decode())
         self._sizes = np.where((self.kinds != 0) | (self.lengths >= LOOK), LOOK, self.lengths).astype(np.uint8)
 
     @classmethod
@@ -80,8 +85,14 @@ class TokenTable:
 
     def bytes(self, number: int) -> bytes:
         """What a token stands for."""
-        start = int(self._starts[number])
-        return self.contents[start : start + int(self.lengths[number])].tobytes()
+        start = self._starts.item(number)
+        return self._bytes[start : start + self.lengths.item(number)]
+
+    def many_bytes(self, numbers: np.ndarray) -> list[bytes]:
+        """What each of many tokens stands for."""
+        content = self._bytes
+        starts, lengths = self._starts[numbers].tolist(), self.lengths[numbers].tolist()
+        return [content[start : start + length] for start, length in zip(starts, lengths, strict=True)]
 
     @property
     def single_bytes(self) -> np.ndarray:
@@ -121,7 +132,7 @@ class TokenTable:
         last = len(ids) - 1
         here, after, later = (ids[np.minimum(positions + n, last)] for n in range(3))
         # The two bytes that follow, from one token or from two.
-        heads = self._heads
+        heads = self.heads
         follows = np.where(self.lengths[after] >= 2, heads[after], (heads[after] & 0xFF00) | (heads[later] >> 8))
         found = self.tails[here]
         key = np.where(
@@ -140,12 +151,14 @@ class TokenTable:
         """Where `text` has suspects and control tokens: (start, end) in order, in characters."""
         points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         found = [(place, place + 1) for place in np.flatnonzero(self._is_suspect[points]).tolist()]
-        for number in np.flatnonzero(self.kinds & CONTROL).tolist():
-            content = self.bytes(number).decode()
-            place = text.find(content)
-            while place >= 0:
-                found.append((place, place + len(content)))
-                place = text.find(content, place + 1)
+        for beginning, contents in self._control_texts.items():
+            if beginning not in text:
+                continue
+            for content in contents:
+                place = text.find(content)
+                while place >= 0:
+                    found.append((place, place + len(content)))
+                    place = text.find(content, place + 1)
         return sorted(found)
 
     def bytes_of(self, ids: np.ndarray) -> int:

@@ -14,7 +14,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import blocks, tokenize_files
+from data_prep import blocks, reading_process, tokenize_files
 from data_prep.errors import DataError
 from data_prep.indexed import Reader
 from data_prep.progress import Silent
@@ -199,6 +199,7 @@ def test_the_bytes_do_not_depend_on_workers_blocks_or_shards(tmp_path, tokenizer
     for number, (workers, block, shard) in enumerate([(2, 1 << 23, 1 << 30), (1, 1 << 14, 40_000), (3, 9000, 7001)]):
         monkeypatch.setattr(blocks, "BLOCK_BYTES", block)
         monkeypatch.setattr(blocks, "LONG_LINE_BYTES", block // 4)
+        monkeypatch.setattr(reading_process, "FROM_BYTES", 30_000 if number else 1 << 30)  # shards above it by a process
         prefix = tmp_path / str(number) / "out"
         record = run(halves, tokenizer, prefix, workers=workers, shard_bytes=shard)
         assert len(record.shards) == 1 if number == 0 else len(record.shards) > 1
