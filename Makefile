@@ -23,6 +23,7 @@ run: $(STAMP)  ## train the smoke curriculum here, under runs/ (no GPU needed)
 
 test: $(STAMP)  ## the tests
 	bash scripts/slurm_packages.sh
+	bash scripts/sandbox_packages.sh
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST)
 
 lint: $(STAMP)  ## ruff: rules and format

@@ -1,0 +1,22 @@
+"""Rewards of reinforcement learning: samples in, scores in [0, 1] out, whatever the model wrote and whichever service is down."""
+
+from __future__ import annotations
+
+from training.rewards.base import Message, Options, Reward, RewardError, Sample, Score
+from training.rewards.plan import DomainPlan, Part, RewardPlan
+from training.rewards.scoring import Rewards
+from training.rewards.statistics import TooManyFailures
+
+__all__ = [
+    "DomainPlan",
+    "Message",
+    "Options",
+    "Part",
+    "Reward",
+    "RewardError",
+    "RewardPlan",
+    "Rewards",
+    "Sample",
+    "Score",
+    "TooManyFailures",
+]
