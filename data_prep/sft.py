@@ -82,7 +82,7 @@ def _render(
 ) -> dict[str, list[SampleFile]]:
     """Records of every input file by source; refuses a source of which too much was refused."""
     jobs = []
-    for name, source in sft.sources.items():
+    for name, source in sorted(sft.sources.items()):  # the manifest's order, which numbers the samples
         if not name.replace("_", "").replace("-", "").isalnum():
             raise DataError(f"sft.{stage}.sources: '{name}' becomes a folder's name; use letters, digits, - and _")
         for number, path in enumerate(expand(source.paths, f"sft.{stage}.sources.{name}.paths")):
@@ -153,7 +153,8 @@ def _pack(
         held[chosen] = True
         if len(chosen):
             heldout[name] = _write_packs(f"heldout.{name}", chosen, sft, stage, data_root, store, table)
-    trained = np.flatnonzero(usable & ~held)
+    copies = ~held & np.isin(table["hash"], table["hash"][held])  # of held-out samples of another source
+    trained = np.flatnonzero(usable & ~held & ~copies)
     if not len(trained):
         raise DataError(
             f"sft.{stage}: no sample is left to train on ({len(lengths)} rendered, {sum(too_long.values())} longer than "
@@ -173,6 +174,7 @@ def _pack(
         pad_id=pad_id,
         sources=sources,
         too_long_samples=too_long,
+        heldout_copies=int((usable & copies).sum()),
         training=training,
         heldout=heldout,
         inputs=inputs,
@@ -182,7 +184,7 @@ def _pack(
     say(
         f"sft data '{stage}': {training.samples} samples in {training.sequences} sequences of {sft.seq_length_tokens} tokens, "
         f"{training.utilisation_percent:.2f}% used, {training.learned_tokens} tokens learned per epoch; "
-        f"{int(held.sum())} samples held out, {sum(too_long.values())} too long ({verb})"
+        f"{int(held.sum())} samples held out, {manifest.heldout_copies} copies of them left out, {sum(too_long.values())} too long ({verb})"
     )
     return manifest
 

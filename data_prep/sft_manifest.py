@@ -107,8 +107,11 @@ class SftManifest(Signed):
     pad_id: Count
     """Token of the places that hold no sample."""
     sources: dict[str, list[SampleFile]]
+    """Sorted by name; samples are numbered through in this order."""
     too_long_samples: dict[str, Count]
     """Source -> samples longer than a sequence: left out or cut, as `too_long` says."""
+    heldout_copies: Count
+    """Samples that are left out of training because an equal one of another source is held out."""
     training: Packs
     heldout: dict[str, Packs]
     """Source -> its held-out samples; a source without any is absent."""
@@ -117,7 +120,7 @@ class SftManifest(Signed):
 
     @property
     def files(self) -> list[SampleFile]:
-        return [file for files in self.sources.values() for file in files]
+        return [file for _, files in sorted(self.sources.items()) for file in files]
 
     def verify(self, data_root: Path, *, full: bool = False) -> None:
         """Compare every file with its record and the arrays with each other; DataError names the file and what differs."""
