@@ -3,8 +3,8 @@ SHELL := /bin/bash
 VENV := .venv
 QUARRY := $(VENV)/bin/quarry
 STAMP := $(VENV)/.installed
-# Tests use this many processes; each may start two ranks.
-TEST_PROCESSES ?= 2
+# Tests use this many processes; each may start two ranks. More than two cores: those on Slurm wait most of the time.
+TEST_PROCESSES ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test lint lock clean
@@ -24,7 +24,7 @@ run: $(STAMP)  ## train the smoke curriculum here, under runs/ (no GPU needed)
 test: $(STAMP)  ## the tests
 	bash scripts/slurm_packages.sh
 	bash scripts/sandbox_packages.sh
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations=30 $(PYTEST)
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(VENV)/bin/ruff check .
