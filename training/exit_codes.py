@@ -8,5 +8,12 @@ REQUEUE = 75
 """EX_TEMPFAIL: saved and to be resumed."""
 REFUSED = 78
 """EX_CONFIG: a configuration or hand-off is wrong; starting again changes nothing."""
+UNEXPECTED = 16
+"""Megatron's code for a result that differs from the first run of the same step, where it is not yet known whether that repeats."""
 SUSPICIOUS = 17
-"""Megatron's code for a result that must not be trained on; also where reinforcement learning stops by its own rule."""
+"""Megatron's code for a result that must not be trained on; also a loss that is not finite, and where reinforcement learning stops by its
+own rule."""
+
+
+class SuspiciousResult(RuntimeError):
+    """A training result that must stop the chain: a loss or gradient that is not finite. A rank that raises it ends with SUSPICIOUS."""

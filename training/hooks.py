@@ -27,13 +27,10 @@ from megatron.training import get_args, print_rank_0
 from megatron.training.utils import is_last_rank
 
 from training import data, recorder
+from training.exit_codes import SuspiciousResult
 from training.handoff import latest_step
 from training.metrics import MetricsLog
 from training.scheduler import TokenScheduler
-
-
-class SuspiciousResult(RuntimeError):
-    """A training result that must stop the chain: a loss or gradient that is not finite."""
 
 
 class PhaseHooks:

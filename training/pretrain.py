@@ -14,7 +14,7 @@ from typing import Any
 from data_prep.files import write_json
 from recipes.schedules import learning_rate_function
 from recipes.schema import Recipe
-from training import disk, fast_import, stacks
+from training import disk, fast_import, rank_end, stacks
 from training.arguments import Load, add_granite_arguments, compile_phase
 from training.exit_codes import DISK_FULL, FINISHED, REFUSED
 from training.files import digest_folder
@@ -37,20 +37,24 @@ def run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, train
     """Train `stage` from `load` to its end and hand off; the process environment holds RANK, WORLD_SIZE and the rendezvous.
 
     Returns 0, with or without a hand-off: without one the phase was interrupted after a save (signal or time limit); DISK_FULL if a
-    write of any kind found no space.
+    write of any kind found no space; REFUSED, SUSPICIOUS.
     """
     stage_dir = run_dir / "stages" / stage
     stacks.separate_rank(stage_dir, int(os.environ["RANK"]))
     checkpoints = stage_dir / "checkpoints"  # may be a mount of its own
     witness = disk.Witness()
-    try:
-        return _run_rank(recipe, stage, run_dir, load, training_digest)
-    except BaseException as error:  # torch's CheckpointException is no Exception
-        if not (witness.seen or disk.is_full(error, checkpoints)):
-            raise
-        traceback.print_exc()
-        print(disk.message(checkpoints), file=sys.stderr, flush=True)
-        return DISK_FULL
+
+    def main() -> int:
+        try:
+            return _run_rank(recipe, stage, run_dir, load, training_digest)
+        except BaseException as error:  # torch's CheckpointException is no Exception
+            if not (witness.seen or disk.is_full(error, checkpoints)):
+                raise
+            traceback.print_exc()
+            print(disk.message(checkpoints), file=sys.stderr, flush=True)
+            raise rank_end.Ended(DISK_FULL, disk.message(checkpoints)) from error
+
+    return rank_end.recorded(stage_dir, main)
 
 
 def _run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, training_digest: str) -> int:
@@ -159,7 +163,7 @@ def _run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, trai
     except LossGate as error:  # on every rank alike
         if args.rank == 0:
             print(f"refused: {error}", file=sys.stderr, flush=True)
-        return REFUSED
+        raise rank_end.Ended(REFUSED, str(error)) from error
 
     losses = evaluate(hooks)
     if not dataset and data.reads_data():

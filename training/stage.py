@@ -3,10 +3,10 @@
     python -m training.stage --run-dir runs/smoke --stage foundation
 
 Exit codes: 0 finished (also when it had finished before); 74 no space left on the disk; 75 saved and to be resumed; 78 refused, a
-configuration or hand-off is wrong; 16 and 17 Megatron's rerun check found a suspicious result; any other: a crash.
+configuration or hand-off is wrong; 16 and 17 a suspicious result (Megatron's rerun check, or a loss that is not finite); any other: a crash.
 
 On CPU the ranks are forked from this process after one import of torch and Megatron, because on a laptop the imports of every rank are
-most of a short stage's time. On GPUs torchrun makes them.
+most of a short stage's time. On GPUs torchrun makes them (training/torchrun.py).
 """
 
 from __future__ import annotations
@@ -24,11 +24,15 @@ from pathlib import Path
 from types import FrameType
 
 from recipes.schema import Recipe, RecipeError
+from recipes.slurm_options import slurm_options
 from training import disk, fast_import, stacks
 from training.exit_codes import DISK_FULL, FINISHED, REFUSED, REQUEUE
 
 # After the first rank died the others wait in a collective for it; gloo notices in milliseconds, so this is generous.
 GRACE_SECONDS = 10.0
+
+# Before Slurm kills at the limit: time to write down how the ranks ended.
+LAST_SECONDS = 15.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -198,13 +202,28 @@ def run_torchrun(recipe: Recipe, stage: str, run_dir: Path, load: str | None, di
     """Start this node's ranks of a phase with torchrun."""
     program = ["-m", "training.pretrain", "--run-dir", str(run_dir), "--stage", stage, "--training-digest", digest]
     return torchrun(
-        recipe.phase[stage].parallel.gpus, f"phase.{stage}.parallel.gpus", [*program, *(("--load", load) if load else ())]
+        recipe.phase[stage].parallel.gpus,
+        f"phase.{stage}.parallel.gpus",
+        [*program, *(("--load", load) if load else ())],
+        stage_dir=run_dir / "stages" / stage,
+        grace_seconds=grace_seconds(recipe),
     )
 
 
-def torchrun(world: int, key: str, program: list[str]) -> int:
-    """Start this node's ranks of `program` with torchrun; NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT come from the launcher's
-    environment. `key` is what sets the number of ranks `world`."""
+def grace_seconds(recipe: Recipe) -> float | None:
+    """How long ranks may save after they were asked to stop; None where no cluster will kill them at a time that is known."""
+    if recipe.cluster.kind != "slurm":
+        return None
+    return max(LAST_SECONDS, slurm_options(recipe.cluster.options).signal_seconds_before_limit - LAST_SECONDS)
+
+
+def torchrun(world: int, key: str, program: list[str], *, stage_dir: Path, grace_seconds: float | None) -> int:
+    """Start this node's ranks of `program` with torchrun and return the most specific exit code of all ranks (128 + n for signal n).
+
+    NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT come from the launcher's environment. `key` is what sets the number of ranks `world`.
+    `stage_dir`: where ranks that go through `rank_end.recorded` leave why they ended. SIGTERM and SIGINT to this process go to the ranks,
+    which are killed `grace_seconds` later if they still run.
+    """
     nodes = int(os.environ.get("NNODES", "1"))
     if world % nodes:
         return refuse(RecipeError(f"{key} is {world}, which {nodes} nodes (NNODES) do not divide"))
@@ -214,7 +233,9 @@ def torchrun(world: int, key: str, program: list[str]) -> int:
             RecipeError(f"NNODES is {nodes} but {' and '.join(missing)} not set: the nodes cannot meet; set them in the job")
         )
     command = [
-        *(sys.executable, "-m", "torch.distributed.run"),
+        *(sys.executable, "-m", "training.torchrun", "--stage-dir", str(stage_dir)),
+        *(() if grace_seconds is None else ("--grace-seconds", f"{grace_seconds:g}")),
+        "--",
         *("--nproc-per-node", str(world // nodes), "--nnodes", str(nodes), "--node-rank", os.environ.get("NODE_RANK", "0")),
         *(
             "--master-addr",
@@ -229,7 +250,8 @@ def torchrun(world: int, key: str, program: list[str]) -> int:
     process = subprocess.Popen(command, env=environment)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, f: process.send_signal(signal.SIGTERM))
-    return process.wait()
+    code = process.wait()
+    return code if code >= 0 else 128 - code
 
 
 def free_port() -> int:

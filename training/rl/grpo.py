@@ -24,7 +24,7 @@ from data_prep.errors import DataError
 from data_prep.files import write_json
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema import RecipeError
-from training import disk, fast_import, stacks
+from training import disk, fast_import, rank_end, stacks
 from training.arguments import Load, add_granite_arguments
 from training.exit_codes import DISK_FULL, FINISHED, REQUEUE, SUSPICIOUS
 from training.handoff import Refused, _read_start, latest_step
@@ -114,7 +114,7 @@ def run_stage(stage_dir: Path, reward: RewardFunction | None = None) -> int:
         if reward is not None:
             raise ValueError("a reward function cannot be handed to ranks that torchrun starts; put a reward plan into the job")
         program = ["-m", "training.rl.grpo", "--stage-dir", str(stage_dir), "--rank"]
-        code = stage.torchrun(job.parallel.gpus, "parallel.gpus", program)
+        code = stage.torchrun(job.parallel.gpus, "parallel.gpus", program, stage_dir=stage_dir, grace_seconds=None)
     if code != FINISHED:
         return code
     return FINISHED if (stage_dir / RESULT).exists() else REQUEUE
@@ -124,14 +124,18 @@ def run_rank(job: Job, stage_dir: Path, load: Load | None, inputs: Inputs, rewar
     """One rank; the process environment holds RANK, WORLD_SIZE and the rendezvous. Returns an exit code."""
     stacks.separate_rank(stage_dir, int(os.environ["RANK"]))
     witness = disk.Witness()
-    try:
-        return _run_rank(job, stage_dir, load, inputs, reward)
-    except BaseException as error:  # torch's CheckpointException is no Exception
-        if not (witness.seen or disk.is_full(error, stage_dir)):
-            raise
-        traceback.print_exc()
-        print(disk.message(stage_dir), file=sys.stderr, flush=True)
-        return DISK_FULL
+
+    def main() -> int:
+        try:
+            return _run_rank(job, stage_dir, load, inputs, reward)
+        except BaseException as error:  # torch's CheckpointException is no Exception
+            if not (witness.seen or disk.is_full(error, stage_dir)):
+                raise
+            traceback.print_exc()
+            print(disk.message(stage_dir), file=sys.stderr, flush=True)
+            raise rank_end.Ended(DISK_FULL, disk.message(stage_dir)) from error
+
+    return rank_end.recorded(stage_dir, main)
 
 
 def _run_rank(job: Job, stage_dir: Path, load: Load | None, inputs: Inputs, reward: RewardFunction | None) -> int:
@@ -175,7 +179,7 @@ def _run_rank(job: Job, stage_dir: Path, load: Load | None, inputs: Inputs, rewa
         except SuspiciousResult as error:  # on every rank alike
             if torch.distributed.get_rank() == 0:
                 print(f"stopped: {error}", file=sys.stderr, flush=True)
-            return SUSPICIOUS
+            raise rank_end.Ended(SUSPICIOUS, str(error)) from error
     if finished and torch.distributed.get_rank() == 0:
         write_json(
             stage_dir / RESULT, {"format": "quarry.grpo_result/1", "steps": job.grpo.steps, "training_digest": inputs.digest}
