@@ -191,7 +191,7 @@ class ParagraphStart(Constraint):
 
 
 def split_paragraphs(text: str, separator: Literal["blank_line", "stars"]) -> list[str]:
-    pattern = r"\n\s*\n" if separator == "blank_line" else r"\s?\*\*\*\s?"
+    pattern = r"\n\s*\n" if separator == "blank_line" else r"(?<!\*)\*\*\*(?!\*)"
     return [part for part in re.split(pattern, text.strip()) if part.strip()]
 
 

@@ -76,7 +76,11 @@ class MathAnswer(Reward):
     def _parse(text: str) -> list[Any]:
         # It warns once that its time-out is off, which is meant: the worker's own also ends what never returns to Python.
         logging.getLogger("math_verify").setLevel(logging.ERROR)
-        return need("math_verify", "math").parse(text, parsing_timeout=None)
+        parsed = need("math_verify", "math").parse(text, parsing_timeout=None)
+        # Text that it could not read comes back as it is. Division by zero ("3:00" is one to it) equals every other.
+        undefined = (need("sympy", "math").zoo, need("sympy", "math").nan)
+        known = [one for one in parsed if not isinstance(one, str)]
+        return parsed if known and not any(one in undefined for one in known) else []
 
 
 def _as_math(text: str) -> str:
