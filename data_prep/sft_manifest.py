@@ -203,14 +203,15 @@ class PackedSequences:
         self.manifest, self.packs = manifest, packs
         self.store = store or SampleStore(manifest, data_root)
         self._bounds = read_array(packs_prefix(data_root, manifest.stage, packs.name, ".bounds.npy"))
-        self._samples = read_array(packs_prefix(data_root, manifest.stage, packs.name, ".samples.npy"))
+        self.samples = read_array(packs_prefix(data_root, manifest.stage, packs.name, ".samples.npy"))
+        """Numbers of all samples, sequence after sequence, int64 [N]."""
 
     def __len__(self) -> int:
         return self.packs.sequences
 
     def numbers(self, sequence: int) -> np.ndarray:
         """Numbers of the samples of a sequence, in order."""
-        return self._samples[self._bounds[sequence] : self._bounds[sequence + 1]]
+        return self.samples[self._bounds[sequence] : self._bounds[sequence + 1]]
 
     def __getitem__(self, sequence: int) -> dict[str, np.ndarray]:
         if not 0 <= sequence < len(self):

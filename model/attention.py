@@ -4,12 +4,16 @@ Megatron's own core attention without Transformer Engine materialises the scores
 and values over the context-parallel group and lets every rank compute its two zig-zag pieces of the sequence.
 
 Zig-zag order (Megatron's and Transformer Engine's): the sequence is cut into 2 * cp pieces, and rank r holds pieces r and 2 * cp - 1 - r, so
-that causal attention costs every rank the same. Shape suffixes: S sequence, B batch, H query heads, G key/value heads, D head dim.
+that causal attention costs every rank the same. Of packed samples each is cut so by itself.
+
+Packed samples (`packed_seq_params`, Megatron's thd format) are attended to one by one, which is what a block-diagonal mask means: no
+sample sees another, bit for bit. Shape suffixes: S sequence, B batch, H query heads, G key/value heads, D head dim.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import torch
@@ -21,6 +25,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch.nn.functional import scaled_dot_product_attention
+
+from model.packing import zigzag_positions
 
 
 class _GatherSequence(torch.autograd.Function):
@@ -41,6 +47,26 @@ class _GatherSequence(torch.autograd.Function):
         dist.all_reduce(gradient, group=ctx.group)
         pieces, rank = gradient.chunk(2 * ctx.group.size()), ctx.group.rank()
         return torch.cat([pieces[rank], pieces[-1 - rank]]), None
+
+
+class _GatherPacked(torch.autograd.Function):
+    """The same for packed samples: shards [T/cp, ...] of every rank -> all tokens [T, ...] in natural order. `places` [cp, T/cp] int64
+    says where each rank's tokens belong."""
+
+    @staticmethod
+    def forward(ctx: Any, shard: torch.Tensor, places: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group, ctx.places = group, places
+        shards = [torch.empty_like(shard) for _ in range(group.size())]
+        dist.all_gather(shards, shard.contiguous(), group=group)
+        whole = shard.new_empty(places.numel(), *shard.shape[1:])
+        whole[places.flatten()] = torch.cat(shards)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient[ctx.places[ctx.group.rank()]], None, None
 
 
 @functools.lru_cache(maxsize=64)
@@ -107,16 +133,17 @@ class SDPAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """query [S/cp, B, H/tp, D], key and value [S/cp, B, G/tp, D] -> [S/cp, B, H/tp * D].
+        """query [S/cp, B, H/tp, D], key and value [S/cp, B, G/tp, D] -> [S/cp, B, H/tp * D]; packed [T/cp, H/tp, D] -> [T/cp, H/tp, D].
 
         With a key/value cache, key and value are longer than query and end at the same position. `attention_mask` is not read, as in
         Transformer Engine's causal attention. `attn_mask_type` no_mask is what Megatron says in a decoding step; it means the same here.
-        Raises ValueError for packed sequences and attention biases.
+        Of `packed_seq_params` only cu_seqlens_q is read: bounds of the samples over all T tokens, each a multiple of 2 * cp long.
+        Raises ValueError for other packed formats and attention biases.
         """
-        if packed_seq_params is not None or attention_bias is not None:
-            raise ValueError(
-                "SDPAttention takes neither packed sequences nor an attention bias; use Transformer Engine for these"
-            )
+        if attention_bias is not None:
+            raise ValueError("SDPAttention takes no attention bias; use Transformer Engine for it")
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, packed_seq_params)
         ranks, rank = get_pg_size(self.context_group), get_pg_rank(self.context_group)
         if ranks == 1:
             return causal_attention(query, key, value, self.softmax_scale).flatten(2)
@@ -126,6 +153,30 @@ class SDPAttention(MegatronModule):
         ends = (piece * (rank + 1), piece * (2 * ranks - rank))
         pieces = zip(query.chunk(2), ends, strict=True)
         return torch.cat([causal_attention(q, key[:end], value[:end], self.softmax_scale) for q, end in pieces]).flatten(2)
+
+    def _packed(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams) -> torch.Tensor:
+        if packed.qkv_format != "thd" or packed.cu_seqlens_q_padded is not None:
+            raise ValueError(
+                f"SDPAttention takes packed samples in thd format without padding between them, not {packed.qkv_format}"
+            )
+        bounds = packed.cu_seqlens_q.tolist()
+        ranks, rank = get_pg_size(self.context_group), get_pg_rank(self.context_group)
+        if ranks > 1:
+            places = torch.stack([zigzag_positions(bounds, ranks, r) for r in range(ranks)]).to(query.device)
+            key, value = _GatherPacked.apply(torch.stack([key, value], dim=1), places, self.context_group).unbind(1)
+        out, taken = [], 0
+        for start, end in itertools.pairwise(bounds):
+            piece = (end - start) // (2 * ranks) if ranks > 1 else end - start
+            # Without context parallelism the whole sample is one piece; with it a rank has two, each seeing the sample up to its own end.
+            for until in (start + piece * (rank + 1), start + piece * (2 * ranks - rank)) if ranks > 1 else (end,):
+                q = query[taken : taken + piece].unsqueeze(1)
+                out.append(
+                    causal_attention(q, key[start:until].unsqueeze(1), value[start:until].unsqueeze(1), self.softmax_scale)
+                )
+                taken += piece
+        if taken != query.size(0):
+            raise ValueError(f"bounds of {bounds[-1]} packed tokens for {query.size(0)} on each of {ranks} ranks")
+        return torch.cat(out).squeeze(1)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
         """Nothing to save."""

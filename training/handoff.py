@@ -48,12 +48,12 @@ class Drawn(Strict):
 class Handoff(Strict):
     format: Literal["quarry.handoff/1"] = FORMAT
     stage: str
-    kind: Literal["phase", "merge", "export"]
+    kind: Literal["phase", "merge", "sft", "export"]
     step: int
     """Steps of this stage (for a merge: of its last input)."""
     stage_tokens: int
     total_tokens: int
-    """Tokens since the start of the curriculum."""
+    """Tokens since the start of the curriculum, of the phases: what the schedules of pre-training count."""
     checkpoint: str | None
     """Folder of the checkpoint, relative to the stage's folder; None for an export."""
     checkpoint_files: dict[str, FileRecord]
@@ -76,6 +76,8 @@ class Handoff(Strict):
     """After a merge, in place of `heldout`: per category the worst loss of its inputs."""
     heldout_digest: str | None
     """Digest of the held-out sets that `heldout` was measured on."""
+    heldout_answers: dict[str, float] | None = None
+    """After fine-tuning: source -> loss on held-out answers, nats per token that an assistant wrote."""
     versions: dict[str, str]
 
     @classmethod
@@ -155,11 +157,26 @@ def resolve(
     `mixture` and `heldout` are the manifests that the stage will read; their files and those of the hand-off are verified here against
     their digests, unless `verify_files` is False because another node of the same job does it.
     """
-    stage_dir = run_dir / "stages" / stage
     problems = _check_data(recipe, stage, mixture, heldout, verify_files)
+    return decide(recipe, stage, run_dir, mixture.digest, mixture.tokenizer.sha256, problems, verify_files=verify_files)
+
+
+def decide(
+    recipe: Recipe,
+    stage: str,
+    run_dir: Path,
+    data_digest: str,
+    tokenizer_sha256: str,
+    problems: list[str],
+    *,
+    verify_files: bool = True,
+) -> Decision:
+    """`resolve` for a stage whose data have been looked at: `problems` is what was found, and joins what is found here."""
+    stage_dir = run_dir / "stages" / stage
+    problems = list(problems)
     previous_stage = recipe.previous(stage)
     previous = Handoff.read(run_dir / "stages" / previous_stage) if previous_stage else None
-    digest = training_digest(recipe, stage, mixture.digest, previous)
+    digest = training_digest(recipe, stage, data_digest, previous)
 
     if (stage_dir / "handoff.json").exists():
         own = Handoff.read(stage_dir)
@@ -187,7 +204,7 @@ def resolve(
     if previous is None or previous_stage is None:
         _raise(stage, problems)
         return Decision(kind="first_start", load=None, previous=None, training_digest=digest, reason="first stage")
-    problems += _check_previous(recipe, stage, previous, mixture)
+    problems += _check_previous(recipe, stage, previous, tokenizer_sha256)
     previous_dir = run_dir / "stages" / previous_stage
     damaged = previous.verify_files(previous_dir) if verify_files else []
     problems += [f"{p}; restore the checkpoint of stage '{previous_stage}' or train it again" for p in damaged]
@@ -253,7 +270,7 @@ def _check_data(
     return problems
 
 
-def _check_previous(recipe: Recipe, stage: str, previous: Handoff, mixture: MixtureManifest) -> list[str]:
+def _check_previous(recipe: Recipe, stage: str, previous: Handoff, tokenizer_sha256: str) -> list[str]:
     """Everything in the hand-off `previous` that does not fit `stage`."""
     problems = []
     ours = recipe.model.model_dump()
@@ -265,10 +282,10 @@ def _check_previous(recipe: Recipe, stage: str, previous: Handoff, mixture: Mixt
                 f"architecture differs: model.{key} is {theirs} in the hand-off of '{previous.stage}', {ours[key]} in the recipe; "
                 "a phase can only continue the same model"
             )
-    if previous.tokenizer["sha256"] != mixture.tokenizer.sha256:
+    if previous.tokenizer["sha256"] != tokenizer_sha256:
         problems.append(
             f"tokenizer differs: '{previous.stage}' was trained with {previous.tokenizer['sha256'][:12]}..., the data of '{stage}' were "
-            f"tokenized with {mixture.tokenizer.sha256[:12]}...; tokenize them again with the run's tokenizer"
+            f"tokenized with {tokenizer_sha256[:12]}...; tokenize them again with the run's tokenizer"
         )
     phase = recipe.phase[stage]
     if phase.rope_base < previous.rope_base:

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,17 @@ class LossGate(RuntimeError):
     """The model that was loaded is not the model that was handed off."""
 
 
-def run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, training_digest: str) -> int:
+def run_rank(
+    recipe: Recipe,
+    stage: str,
+    run_dir: Path,
+    load: Load | None,
+    training_digest: str,
+    train: Callable[[Recipe, str, Path, Load | None, str], int] | None = None,
+) -> int:
     """Train `stage` from `load` to its end and hand off; the process environment holds RANK, WORLD_SIZE and the rendezvous.
+
+    `train` does it for another kind of stage; None: a phase.
 
     Returns 0, with or without a hand-off: without one the phase was interrupted after a save (signal or time limit); DISK_FULL if a
     write of any kind found no space; REFUSED, SUSPICIOUS.
@@ -46,7 +56,7 @@ def run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, train
 
     def main() -> int:
         try:
-            return _run_rank(recipe, stage, run_dir, load, training_digest)
+            return (train or _run_rank)(recipe, stage, run_dir, load, training_digest)
         except BaseException as error:  # torch's CheckpointException is no Exception
             if not (witness.seen or disk.is_full(error, checkpoints)):
                 raise
@@ -60,12 +70,10 @@ def run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, train
 def _run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, training_digest: str) -> int:
     import_megatron(recipe)
     import megatron.training.training as upstream
-    import torch
     from megatron.core.enums import ModelType
-    from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    import model.builder
     from data_prep.manifest import HeldoutManifest, MixtureManifest, heldout_path, mixture_path
     from training import data, heldout, token_ids
     from training.forward import forward_step
@@ -95,14 +103,7 @@ def _run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, trai
         """On a first start: the gate against the hand-off, and the loss that this stage begins with."""
         if not first_start:
             return
-        gated = previous is not None and previous.heldout_digest == heldout_manifest.digest
-        if gated and previous.rope_base != phase.rope_base:
-            # The loss that was handed off was measured with the RoPE base of then.
-            with heldout.rope_base(hooks.model, recipe.model, previous.rope_base):
-                check_gate(previous, evaluate(hooks), phase.precision.dtype)
-        losses = evaluate(hooks)
-        if gated and previous.rope_base == phase.rope_base:
-            check_gate(previous, losses, phase.precision.dtype)
+        losses = evaluate_through_gate(recipe, stage, hooks, previous, heldout_manifest.digest, evaluate)
         if upstream.is_last_rank():
             hooks.metrics.append_heldout(when="start", step=0, total_tokens=recipe.tokens_before(stage), losses=losses)
 
@@ -117,24 +118,6 @@ def _run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, trai
     hooks.install()
     if not args.async_save:
         fast_import.results_stay_in_process()
-
-    def provide_model(
-        pre_process: bool = True,
-        post_process: bool = True,
-        vp_stage: int | None = None,
-        config: Any = None,
-        pg_collection: Any = None,
-    ) -> Any:
-        return model.builder.build(
-            config or core_transformer_config_from_args(args),
-            recipe.model,
-            rope_base=phase.rope_base,
-            max_sequence_length=phase.seq_length_tokens,
-            pre_process=pre_process,
-            post_process=post_process,
-            vp_stage=vp_stage,
-            pg_collection=pg_collection,
-        )
 
     dataset: list[Any] = []
 
@@ -154,7 +137,7 @@ def _run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, trai
             provide_data,
             ModelType.encoder_or_decoder,
             forward_step,
-            model_provider=provide_model,
+            model_provider=model_provider(recipe, stage, args),
         )
     except SystemExit as leave:
         if leave.code not in (None, 0):
@@ -168,17 +151,12 @@ def _run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, trai
     losses = evaluate(hooks)
     if not dataset and data.reads_data():
         dataset[:] = [data.load_dataset(mixture, data_root)]
-    # The loss of the last step lives on the last rank; after a resume with no step left it is in the log.
-    final_loss = torch.tensor(
-        [math.nan if hooks.final_loss is None else hooks.final_loss], dtype=torch.float64, device=torch.cuda.current_device()
-    )
-    torch.distributed.broadcast(final_loss, src=torch.distributed.get_world_size() - 1)
+    final_loss = shared_final_loss(hooks, stage_dir)
     if upstream.is_last_rank():
         hooks.metrics.append_heldout(
             when="end", step=args.train_iters, total_tokens=recipe.tokens_before(stage) + phase.tokens, losses=losses
         )
     if args.rank == 0:
-        loss = final_loss.item()
         write_handoff(
             recipe,
             stage,
@@ -188,12 +166,83 @@ def _run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, trai
             mixture=mixture,
             heldout_digest=heldout_manifest.digest,
             drawn=data.count_drawn(dataset[0], mixture, phase.samples),
-            final_loss=last_logged_loss(stage_dir) if math.isnan(loss) else loss,
+            final_loss=final_loss,
             losses=losses,
         )
+    leave_group()
+    return FINISHED
+
+
+def model_provider(recipe: Recipe, stage: str, args: Any) -> Callable[..., Any]:
+    """What Megatron's get_model calls for each model chunk of this rank."""
+    import model.builder
+
+    phase = recipe.phase[stage]
+
+    def provide(
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+        config: Any = None,
+        pg_collection: Any = None,
+    ) -> Any:
+        from megatron.training.argument_utils import core_transformer_config_from_args
+
+        return model.builder.build(
+            config or core_transformer_config_from_args(args),
+            recipe.model,
+            rope_base=phase.rope_base,
+            max_sequence_length=phase.seq_length_tokens,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+            pg_collection=pg_collection,
+        )
+
+    return provide
+
+
+def evaluate_through_gate(
+    recipe: Recipe,
+    stage: str,
+    hooks: Any,
+    previous: Handoff | None,
+    heldout_digest: str,
+    evaluate: Callable[[Any], dict[str, float]],
+) -> dict[str, float]:
+    """The held-out losses that a first start begins with, compared with the hand-off where the held-out sets are the same; LossGate."""
+    from training import heldout
+
+    phase = recipe.phase[stage]
+    gated = previous is not None and previous.heldout_digest == heldout_digest
+    if gated and previous.rope_base != phase.rope_base:
+        # The loss that was handed off was measured with the RoPE base of then.
+        with heldout.rope_base(hooks.model, recipe.model, previous.rope_base):
+            check_gate(previous, evaluate(hooks), phase.precision.dtype)
+    losses = evaluate(hooks)
+    if gated and previous.rope_base == phase.rope_base:
+        check_gate(previous, losses, phase.precision.dtype)
+    return losses
+
+
+def shared_final_loss(hooks: Any, stage_dir: Path) -> float:
+    """Training loss of the last step, on every rank: it lives on the last one; after a resume with no step left it is in the log."""
+    import torch
+
+    final_loss = torch.tensor(
+        [math.nan if hooks.final_loss is None else hooks.final_loss], dtype=torch.float64, device=torch.cuda.current_device()
+    )
+    torch.distributed.broadcast(final_loss, src=torch.distributed.get_world_size() - 1)
+    loss = final_loss.item()
+    return last_logged_loss(stage_dir) if math.isnan(loss) else loss
+
+
+def leave_group() -> None:
+    """The end of a rank: no rank leaves before the first has written the hand-off."""
+    import torch
+
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    return FINISHED
 
 
 def import_megatron(recipe: Recipe) -> None:
@@ -314,9 +363,14 @@ def write_model_json(recipe: Recipe, stage: str, stage_dir: Path, tokenizer: dic
     )
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(
+    argv: list[str] | None = None,
+    *,
+    program: str = "training.pretrain",
+    rank_main: Callable[[Recipe, str, Path, Load | None, str], int] = run_rank,
+) -> int:
     """A rank under torchrun."""
-    parser = argparse.ArgumentParser(prog="python -m training.pretrain", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--stage", required=True)
     parser.add_argument("--training-digest", required=True)
@@ -327,7 +381,7 @@ def main(argv: list[str] | None = None) -> int:
         values = json.loads(options.load)
         load = Load(checkpoints=Path(values["checkpoints"]), step=values["step"], resume=values["resume"])
     recipe = Recipe.read(options.run_dir / "recipe.json")
-    return run_rank(recipe, options.stage, options.run_dir, load, options.training_digest)
+    return rank_main(recipe, options.stage, options.run_dir, load, options.training_digest)
 
 
 if __name__ == "__main__":

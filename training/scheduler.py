@@ -26,6 +26,7 @@ class TokenScheduler(OptimizerParamScheduler):
         self.learning_rate = learning_rate
         self.seq_length_tokens = seq_length_tokens
         self.ignore_stored_position = False
+        self.mup_scaling = True
         super().__init__(
             optimizer,
             init_lr=0.0,
@@ -45,8 +46,10 @@ class TokenScheduler(OptimizerParamScheduler):
         return self.num_steps * self.seq_length_tokens
 
     def get_lr(self, param_group: dict) -> float:
-        """Absolute rate now; a group whose max_lr is a fraction of the nominal rate (muP: 1 / width multiplier) gets that fraction."""
-        return self.learning_rate(self.stage_tokens) * (param_group.get("max_lr", NOMINAL_LR) / NOMINAL_LR)
+        """Absolute rate now; a group whose max_lr is a fraction of the nominal rate (muP: 1 / width multiplier) gets that fraction,
+        unless `mup_scaling` is off."""
+        rate = self.learning_rate(self.stage_tokens)
+        return rate * (param_group.get("max_lr", NOMINAL_LR) / NOMINAL_LR) if self.mup_scaling else rate
 
     def state_dict(self) -> dict:
         return {"num_steps": self.num_steps}

@@ -62,6 +62,10 @@ def run_stage(folder: Path, stage: str) -> int:
     run_dir = folder.resolve()
     if kind == "phase":
         return run_phase(recipe, stage, run_dir)
+    if kind == "sft":
+        from training.sft import run_sft
+
+        return run_sft(recipe, stage, run_dir)
     from training import finish
 
     try:

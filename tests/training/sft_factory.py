@@ -1,0 +1,169 @@
+"""Runs of two SFT stages on generated chats, for tests that start real ranks: `warm` from random weights, `sft` from its hand-off.
+
+The tokenizer is bytes and Granite's role tokens, so that nothing has to be trained for it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.files import file_sha256, record_file
+from data_prep.hf_tokenizer import write_config
+from data_prep.indexed import Writer, bin_path, idx_path
+from data_prep.manifest import HeldoutManifest, HeldoutSet, TokenizerRecord, heldout_path
+from data_prep.sft import prepare_sft
+from data_prep.special_tokens import END, PAD, ROLES
+from recipes.schema import Recipe
+
+VOCAB_SIZE = 288
+"""Rows of the model; the tokenizer has 260 entries."""
+LENGTH = 128
+MODEL = {
+    "name": "test",
+    "num_layers": 4,
+    "hidden_size": 64,
+    "ffn_hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "head_dim": 16,
+    "vocab_size": VOCAB_SIZE,
+    "tied_embeddings": True,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 1 / 16,
+    "logits_scaling": 2.0,
+    "norm_epsilon": 1e-5,
+    "init_std": 0.05,
+    "mup_base_hidden_size": 32,
+    "released_rope_base": 1e4,
+    "released_max_position_tokens": LENGTH,
+    "published_parameters": None,
+}
+
+
+def write_tokenizer(folder):
+    """A byte-level tokenizer without merges, with the chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    special = (PAD, END, *ROLES)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(special))
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_config(folder, {"eos_token": END, "pad_token": PAD}, special)
+    return TokenizerRecord(
+        kind="huggingface",
+        path=folder.name,
+        sha256=file_sha256(folder / "tokenizer.json"),
+        vocab_size=tokenizer.get_vocab_size(with_added_tokens=True),
+        eod_id=tokenizer.token_to_id(END),
+    )
+
+
+def chats(count, seed):
+    """Words spelled backwards, of one or two turns: the answer cannot be known from its length alone."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        messages = []
+        for _ in range(int(rng.integers(1, 3))):
+            word = "".join(rng.choice(list("abcd"), int(rng.integers(2, 8))))
+            messages += [{"role": "user", "content": word}, {"role": "assistant", "content": word[::-1]}]
+        yield {"messages": messages}
+
+
+def stage(layout=None, **changes):
+    return {
+        "title": "test",
+        "sources": {"chat": {"paths": ["chat.jsonl"]}},
+        "epochs": 2,
+        "seq_length_tokens": LENGTH,
+        "global_batch_sequences": 8,
+        "peak_lr": 3e-3,
+        "warmup_percent": 20.0,
+        "rope_base": 1e4,
+        "pack_multiple_tokens": 4,
+        "heldout_percent": 10.0,
+        "heldout_max_samples": 16,
+        "parallel": {"name": "layout", "gpus": 1, **(layout or {})},
+        "precision": {"name": "fp32", "dtype": "fp32"},
+        "save_interval_steps": 5,
+        **changes,
+    }
+
+
+def make_recipe(root, layout=None, **changes):
+    """`warm` on one rank, then `sft` in `layout`."""
+
+    def at_home(values):
+        return values | {
+            "sources": {name: {"paths": [str(root / p) for p in s["paths"]]} for name, s in values["sources"].items()}
+        }
+
+    return Recipe.model_validate(
+        {
+            "name": "sft-test",
+            "seed": 7,
+            "stages": ["warm", "sft"],
+            "phase": {},
+            "sft": {"warm": at_home(stage(epochs=1, peak_lr=1e-2)), "sft": at_home(stage(layout, **changes))},
+            "model": MODEL,
+            "optimizer": {"beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1, "clip_grad_norm": 1.0},
+            "data": {
+                "name": "generated",
+                "root": str(root / "data"),
+                "sources": {},
+                "tokenizer": {"kind": "huggingface", "vocab_size": 260},
+                "heldout_percent": 1.0,
+                "heldout_max_tokens": 4096,
+                "heldout_batch_samples": 4,
+                "heldout_seq_length_tokens": 64,
+                "max_epochs": 4.0,
+            },
+            "cluster": {"kind": "local", "name": "local", "gpu": "cpu", "gpus_per_node": 4, "runs_root": "runs"},
+        }
+    )
+
+
+def make_data(root, count=200):
+    """Chats, tokenizer, pre-training's held-out set and the packed data of both stages below `root`."""
+    data = root / "data"
+    data.mkdir(parents=True)
+    tokenizer = write_tokenizer(data / "tokenizer")
+    (root / "chat.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats(count, seed=1)))
+    rng = np.random.default_rng(2)
+    (data / "heldout").mkdir()
+    with Writer(data / "heldout" / "web", 260) as writer:
+        for _ in range(10):
+            writer.add(rng.integers(0, 250, 60))
+    files = {"bin": record_file(bin_path(data / "heldout" / "web")), "idx": record_file(idx_path(data / "heldout" / "web"))}
+    web = HeldoutSet(prefix="heldout/web", documents=10, tokens=600, max_token_id=writer.max_token_id, dtype="uint16", **files)
+    HeldoutManifest.make(seq_length_tokens=64, inputs="0" * 64, tokenizer=tokenizer, categories={"web": web}).write(
+        heldout_path(data)
+    )
+    recipe = make_recipe(root)
+    for name, sft in recipe.sft.items():
+        prepare_sft(sft, name, data, tokenizer, say=lambda _: None)
+    return recipe
+
+
+def start(run, name):
+    """The stage command in the background; its output is appended to `log.txt` of the run."""
+    with open(Path(run) / "log.txt", "a") as log:
+        return subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "training.stage", "--run-dir", str(run), "--stage", name],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+
+def start_stage(run, name):
+    """Run the stage command to its end; returns the exit code."""
+    return start(run, name).wait(timeout=300)
