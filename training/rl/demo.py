@@ -2,8 +2,8 @@
 
     python -m training.rl.demo --layout tp2 --output /tmp/demo
 
-Counting: the prompt is a digit and a marker, the response must be the next four digits (9 goes on with 0) and the end of the text. The
-reward is the share of these five places that are right, so that chance is about one in twelve. Model and tokenizer are made here; the rest is
+Counting: the prompt is a digit and a marker, the response must be the next two digits (9 goes on with 0) and the end of the text. The
+reward is the share of these three places that are right, so that chance is about one in twelve. Model and tokenizer are made here; the rest is
 the same code that trains a real model.
 """
 
@@ -27,7 +27,8 @@ from training.rl.prompts import Sample
 DIGITS = "0123456789"
 MARK = ">"
 END = "<|end_of_text|>"
-ANSWER_DIGITS = 4
+ANSWER_DIGITS = 2
+STEPS = 150
 VOCAB_SIZE = 16
 """Rows of the embedding: 12 entries, rounded up to what tensor parallelism divides."""
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -67,19 +68,21 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END}))
 
 
-def make_job(folder: Path, layout: str, *, initial: Initial | None = None, **settings: Any) -> Job:
+def make_job(
+    folder: Path, layout: str, *, initial: Initial | None = None, micro_batch_samples: int = 120, **settings: Any
+) -> Job:
     """The job of the demonstration, with its tokenizer and prompts written below `folder`; `settings` are fields of Grpo."""
     write_tokenizer(folder / "tokenizer")
     lines = [{"prompt": f"{d}{MARK}", "reference": answer(d), "domain": "even" if d % 2 == 0 else "odd"} for d in range(10)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     grpo: dict[str, Any] = {
         "title": "Counting",
-        "steps": 120,
+        "steps": STEPS,
         "prompts_per_step": 10,
-        "samples_per_prompt": 16,
+        "samples_per_prompt": 48,
         "seq_length_tokens": 16,
         "rope_base": 10000.0,
-        "learning_rate": 5e-3,
+        "learning_rate": 2e-3,
         "deviation": "sample",
         "clip_low": 0.2,
         "clip_high": 0.28,
@@ -87,7 +90,7 @@ def make_job(folder: Path, layout: str, *, initial: Initial | None = None, **set
         "overlong_cache_tokens": 0,
         "overlong_filter": False,
         "dynamic_sampling": False,
-        "rollout": {"max_response_tokens": ANSWER_DIGITS + 2, "batch_samples": 160},
+        "rollout": {"max_response_tokens": ANSWER_DIGITS + 2, "batch_samples": 480},
         "stop": {"max_mean_gap_nats": 1e-4, "max_gap_nats": 1e-3},
         "save_interval_steps": 1000,
         "record_samples": 4,
@@ -115,7 +118,7 @@ def make_job(folder: Path, layout: str, *, initial: Initial | None = None, **set
             published_parameters=None,
         ),
         grpo=Grpo.model_validate(grpo | settings),
-        parallel=Parallel(name=layout, micro_batch_samples=20, **LAYOUTS[layout]),
+        parallel=Parallel(name=layout, micro_batch_samples=micro_batch_samples, **LAYOUTS[layout]),
         precision=Precision(name="fp32", dtype="fp32"),
         optimizer=Optimizer(beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.0, clip_grad_norm=1.0),
         seed=7,
@@ -132,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m training.rl.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layout", choices=LAYOUTS, default="single")
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument(
         "--output", type=Path, required=True, help="folder for the run; a run of the same layout there is replaced"
     )
