@@ -14,9 +14,11 @@ from training import cpu_backend
 
 cpu_backend.install()
 
+from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 
 from model.attention import SDPAttention, causal_attention  # noqa: E402
+from model.packing import zigzag_positions  # noqa: E402
 from model.spec import RMSNorm, scaled_bias_dropout_add  # noqa: E402
 
 
@@ -81,11 +83,43 @@ def test_what_it_cannot_do_is_refused(changes: dict[str, object], message: str) 
         attention(**changes)
 
 
-def test_packed_sequences_and_biases_are_refused() -> None:
+def test_biases_and_other_packed_formats_are_refused() -> None:
     query = torch.randn(2, 1, 1, 4)
-    with pytest.raises(ValueError, match="neither packed sequences nor an attention bias"):
+    with pytest.raises(ValueError, match="no attention bias"):
         attention()(query, query, query, None, attention_bias=torch.ones(1))
+    with pytest.raises(ValueError, match="thd format without padding between them, not sbhd"):
+        attention()(query, query, query, None, packed_seq_params=PackedSeqParams(qkv_format="sbhd"))
     assert attention()(query, query, query, None).shape == (2, 1, 4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4))
+def test_packed_samples_are_attended_to_as_if_alone(lengths: list[int]) -> None:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    query = torch.randn(sum(lengths), 4, 8, generator=generator)
+    key, value = torch.randn(2, sum(lengths), 2, 8, generator=generator)
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+    found = attention()(query, key, value, None, packed_seq_params=packed)
+    assert found.shape == query.shape
+    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        q, k, v = (t[start:end].unsqueeze(1) for t in (query, key, value))
+        alone = attention()(q, k, v, None)
+        assert torch.equal(found[start:end].flatten(1), alone.squeeze(1))
+    with pytest.raises(ValueError, match="packed tokens for"):
+        attention()(query[:-1], key, value, None, packed_seq_params=packed)
+
+
+@given(pieces=st.lists(st.integers(1, 3), min_size=1, max_size=4), ranks=st.sampled_from([1, 2, 4]))
+def test_every_packed_token_is_on_one_rank(pieces: list[int], ranks: int) -> None:
+    bounds = [0, *torch.tensor([2 * ranks * n for n in pieces]).cumsum(0).tolist()]
+    places = [zigzag_positions(bounds, ranks, rank) for rank in range(ranks)]
+    assert sorted(torch.cat(places).tolist()) == list(range(bounds[-1]))
+    assert len({len(p) for p in places}) == 1
+    if ranks > 1:
+        assert places[0][: pieces[0]].tolist() == list(range(pieces[0]))  # the first rank begins with the first piece
+        with pytest.raises(ValueError, match="pad it when packing"):
+            zigzag_positions([0, 2 * ranks + 1], ranks, 0)
 
 
 def test_attention_saves_nothing() -> None:
