@@ -167,3 +167,93 @@ def start(run, name):
 def start_stage(run, name):
     """Run the stage command to its end; returns the exit code."""
     return start(run, name).wait(timeout=300)
+
+
+def drive():
+    """Main of a process of its own: the stages of argv[1:], each RUN:STAGE, by the stage command; torch and Megatron are imported once.
+
+    Writes the exit code of each into RUN/code.STAGE. RUN:leaks runs `packed_and_alone` instead.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
+    from training import stage as command
+    from training.pretrain import import_megatron_on
+
+    import_megatron_on("cpu")
+    for job in sys.argv[1:]:
+        run, name = job.split(":")
+        if name == "leaks":
+            code = command.run_forked(1, lambda run=run: packed_and_alone(Path(run)))
+        else:
+            code = command.main(["--run-dir", run, "--stage", name])
+        (Path(run) / f"code.{name}").write_text(str(code))
+        print(f"{job}: exit code {code}", flush=True)
+
+
+def packed_and_alone(run):
+    """Logits and gradients of one packed sequence on one rank under changes that must not matter, into RUN/leaks.pt."""
+    import torch
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from data_prep.sft_manifest import lay_out
+    from model import builder, config
+    from recipes.schema import Model
+
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    torch.manual_seed(1)
+    model = Model.model_validate(MODEL)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    net = builder.build(
+        config.transformer_config(model), model, rope_base=1e4, max_sequence_length=LENGTH, pg_collection=groups
+    )
+    rng = np.random.default_rng(3)
+    samples = [(rng.integers(0, 256, n).astype(np.int32), (np.arange(n) % 5 > 2).astype(np.uint8)) for n in (37, 20, 41)]
+
+    def batch(samples):
+        laid = lay_out(samples, LENGTH, 4, pad_id=256)
+        bounds = torch.from_numpy(laid.pop("bounds"))
+        longest = int((bounds[1:] - bounds[:-1]).max())
+        packed = PackedSeqParams(
+            qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+        )
+        return {k: torch.from_numpy(v).unsqueeze(0) for k, v in laid.items()}, packed, bounds.tolist()
+
+    def logits(samples):
+        inputs, packed, bounds = batch(samples)
+        with torch.no_grad():
+            return net(inputs["tokens"], inputs["position_ids"], None, packed_seq_params=packed)[0], bounds
+
+    def gradients(inputs, packed):
+        net.zero_grad()
+        losses = net(inputs["tokens"], inputs["position_ids"], None, labels=inputs["labels"], packed_seq_params=packed)
+        (losses * inputs["loss_mask"]).sum().backward()
+        return {name: p.grad.clone() for name, p in net.named_parameters()}
+
+    others = [(rng.integers(0, 256, len(t)).astype(np.int32), m) for t, m in samples]
+    inputs, packed, bounds = batch(samples)
+    unlearned = {
+        **inputs,
+        "labels": torch.where(inputs["loss_mask"] == 0, torch.randint(0, 256, (1, LENGTH)), inputs["labels"]),
+    }
+    padding = inputs["tokens"].clone()
+    padding[:, bounds[len(samples)] :] = 7
+    for start, (tokens, _) in zip(bounds, samples, strict=False):
+        padding[:, start + len(tokens) : start + -(-len(tokens) // 4) * 4] = 7
+    torch.save(
+        {
+            "bounds": bounds,
+            "logits": logits(samples)[0],
+            "others": [logits([*others[:i], samples[i], *others[i + 1 :]])[0] for i in range(3)],
+            "alone": [logits([sample])[0][: len(sample[0])] for sample in samples],
+            "gradients": gradients(inputs, packed),
+            "unlearned labels": gradients(unlearned, packed),
+            "other padding": gradients({**inputs, "tokens": padding}, packed),
+            "nothing learned": gradients({**inputs, "loss_mask": torch.zeros(1, LENGTH)}, packed),
+        },
+        run / "leaks.pt",
+    )
+    torch.distributed.destroy_process_group()
+    return 0

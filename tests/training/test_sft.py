@@ -1,0 +1,217 @@
+"""Fine-tuning on real ranks: packed losses against Hugging Face's Granite, sample by sample; layouts; kill and resume; what is refused.
+
+`warm` is trained once on one rank; every other run continues from its hand-off with other layouts.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.sft_manifest import PackedSequences, SampleStore, SftManifest, manifest_path
+from model.convert import export
+from tests.training.sft_factory import make_data, make_recipe, start
+from training.sft_data import EpochDataset
+
+pytestmark = pytest.mark.multirank
+
+TOLERANCE_NATS = 2e-6
+LAYOUTS = {
+    "single": {"gpus": 1},
+    "dp2": {"gpus": 2},
+    "tp2_sp": {"gpus": 2, "tensor": 2, "sequence_parallel": True},
+    "pp2": {"gpus": 2, "pipeline": 2},
+    "cp2": {"gpus": 2, "context": 2},
+}
+CHATS = 120
+
+
+def drive(*jobs):
+    program = "from tests.training.sft_factory import drive; drive()"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, *(f"{run}:{name}" for run, name in jobs)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    codes = [(run / f"code.{name}").read_text() if (run / f"code.{name}").exists() else "none" for run, name in jobs]
+    assert codes == ["0"] * len(jobs), (codes, done.stdout[-2000:], done.stderr[-4000:])
+    return done
+
+
+def fork_run(root, name, layout, **changes):
+    run = root / name
+    (run / "stages").mkdir(parents=True)
+    if (root / "base" / "stages" / "warm" / "handoff.json").exists():
+        shutil.copytree(root / "base" / "stages" / "warm", run / "stages" / "warm")
+    make_recipe(root, LAYOUTS[layout], **changes).write(run / "recipe.json")
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """{layout: finished run}, "root": their folder; "base" has `warm` only."""
+    root = tmp_path_factory.mktemp("sft")
+    make_data(root, CHATS)
+    base = fork_run(root, "base", "single")
+    made = {"root": root, "base": base} | {layout: root / layout for layout in LAYOUTS}
+    for layout in LAYOUTS:  # their folders; `warm` is linked in when it is there
+        (root / layout / "stages").mkdir(parents=True)
+        os.symlink(base / "stages" / "warm", root / layout / "stages" / "warm")
+        make_recipe(root, LAYOUTS[layout]).write(root / layout / "recipe.json")
+    drive((base, "warm"), (base, "leaks"), *((root / layout, "sft") for layout in LAYOUTS))
+    return made
+
+
+def rows(run, name="metrics.jsonl", stage="sft"):
+    return [json.loads(line) for line in (run / "stages" / stage / name).read_text().splitlines()]
+
+
+def exact(found):
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "time")} for row in found]
+
+
+@pytest.fixture(scope="module")
+def hugging_face(runs, tmp_path_factory):
+    """f(stage, numbers of samples) -> (sum of the losses, number of loss tokens), each sample alone through transformers' Granite."""
+    from transformers import AutoModelForCausalLM
+
+    root = runs["root"]
+    models = {}
+
+    def load(stage):
+        stage_dir = (runs["base"] if stage == "warm" else runs["single"]) / "stages" / stage
+        checkpoint = json.loads((stage_dir / "handoff.json").read_text())["checkpoint"]
+        folder = tmp_path_factory.mktemp(f"hf-{stage}") / "hf"
+        export(stage_dir / checkpoint, folder, dtype="fp32", write_tokenizer=lambda f: None)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    store = SampleStore(SftManifest.read(manifest_path(root / "data", "sft")), root / "data")
+
+    def losses(stage, numbers):
+        model = models.get(stage) or models.setdefault(stage, load(stage))
+        total, count = 0.0, 0
+        for number in numbers:
+            tokens, learned = store.sample(int(number))
+            with torch.no_grad():
+                logits = model(torch.tensor(tokens[None].astype(np.int64))).logits[0, :-1]
+            nats = torch.nn.functional.cross_entropy(
+                logits.double(), torch.tensor(tokens[1:].astype(np.int64)), reduction="none"
+            )
+            total += float(nats[torch.tensor(learned[1:] == 1)].sum())
+            count += int(learned[1:].sum())
+        return total, count
+
+    return losses
+
+
+def heldout_numbers(root):
+    manifest = SftManifest.read(manifest_path(root / "data", "sft"))
+    return PackedSequences(manifest, root / "data", manifest.heldout["chat"]).samples
+
+
+@pytest.mark.parametrize(("stage", "when"), [("warm", "start"), ("sft", "end")])
+def test_held_out_loss_is_that_of_each_sample_alone_in_hugging_face(runs, hugging_face, stage, when):
+    """Before training it is the loss of what `warm` handed off, at the end that of what is handed off."""
+    total, count = hugging_face(stage, heldout_numbers(runs["root"]))
+    for layout in LAYOUTS:
+        (row,) = [row for row in rows(runs[layout], "heldout.jsonl") if row["when"] == when]
+        assert row["answers"]["chat"] == pytest.approx(total / count, abs=1e-5), layout
+
+
+def test_the_first_steps_loss_is_the_mean_over_the_loss_tokens_of_its_batch(runs, hugging_face):
+    """Not a mean of means: sequences and samples have unequal numbers of loss tokens."""
+    root = runs["root"]
+    manifest = SftManifest.read(manifest_path(root / "data", "sft"))
+    sequences = PackedSequences(manifest, root / "data", manifest.training)
+    dataset = EpochDataset(sequences, seed=7, epochs=2, length=1000)
+    batch = [dataset.number(index) for index in range(8)]
+    per_sequence = [hugging_face("warm", sequences.numbers(number)) for number in batch]
+    assert len({count for _, count in per_sequence}) > 1
+    expected = sum(total for total, _ in per_sequence) / sum(count for _, count in per_sequence)
+    assert abs(np.mean([total / count for total, count in per_sequence]) - expected) > 1e-4  # a wrong mean would show
+    for layout in LAYOUTS:
+        assert rows(runs[layout])[0]["loss"] == pytest.approx(expected, abs=1e-5), layout
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "single"])
+def test_every_layout_trains_the_same(runs, layout):
+    reference, other = rows(runs["single"]), rows(runs[layout])
+    assert len(reference) == len(other)
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(reference, other, strict=True)) <= TOLERANCE_NATS
+    assert max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in zip(reference, other, strict=True)) < 1e-4
+    assert [a["lr"] for a in reference] == [b["lr"] for b in other]
+    ours, theirs = (json.loads((runs[name] / "stages" / "sft" / "handoff.json").read_text()) for name in ("single", layout))
+    assert ours["ledger"] == theirs["ledger"]
+
+
+def test_it_learns_the_answers_at_the_recipes_rate(runs):
+    run = runs["single"]
+    before, after = (row["answers"]["chat"] for row in rows(run, "heldout.jsonl"))
+    assert after < before - 0.1
+    rates = [row["lr"] for row in rows(run)]
+    assert rates[0] == 0
+    assert max(rates) == pytest.approx(3e-3)
+    assert rates[-1] < 3e-3 / len(rates) * 1.5  # one step before zero
+    # The group's rates without muP's division: what is logged is what every matrix got.
+    assert "learning rate: 3.000000E-03" not in (run / "stages" / "sft" / "args.txt").read_text()
+    handoff = json.loads((run / "stages" / "sft" / "handoff.json").read_text())
+    manifest = SftManifest.read(manifest_path(runs["root"] / "data", "sft"))
+    drawn = handoff["ledger"]["sft"]["chat"]
+    assert drawn == {"samples": 2 * manifest.training.samples, "tokens": 2 * manifest.training.tokens}
+    assert handoff["heldout_answers"]["chat"] == after
+    assert handoff["total_tokens"] == 0  # of pre-training, of which there was none
+
+
+@pytest.fixture(scope="module")
+def leaks(runs):
+    return torch.load(runs["base"] / "leaks.pt", weights_only=True)
+
+
+def test_no_sample_sees_another(leaks):
+    """Logits of a sample are bit for bit the same whatever the others say, and those that it has alone."""
+    for number, (start, end) in enumerate(zip(leaks["bounds"][:3], leaks["bounds"][1:4], strict=True)):
+        assert torch.equal(leaks["logits"][start:end], leaks["others"][number][start:end])
+        assert not torch.equal(leaks["logits"], leaks["others"][number])
+        alone = leaks["alone"][number]
+        torch.testing.assert_close(leaks["logits"][start : start + len(alone)], alone, rtol=0, atol=2e-6)
+
+
+def test_masked_tokens_and_padding_have_no_gradient(leaks):
+    reference = leaks["gradients"]
+    assert all(gradient.abs().max() > 0 for gradient in reference.values())
+    for name, gradient in reference.items():
+        assert torch.equal(gradient, leaks["unlearned labels"][name]), name
+        assert not leaks["nothing learned"][name].any(), name
+        other = leaks["other padding"][name]
+        if "word_embeddings" in name:  # rows of the padding itself aside: as inputs they are learned nothing through
+            assert torch.equal(gradient[:256], other[:256])
+        else:
+            assert torch.equal(gradient, other), name
+
+
+def test_kill_in_the_middle_of_an_epoch_and_the_same_command_again(runs):
+    reference = rows(runs["tp2_sp"])
+    run = fork_run(runs["root"], "killed", "tp2_sp")
+    process = start(run, "sft")
+    deadline = time.monotonic() + 120
+    while not (run / "stages" / "sft" / "metrics.jsonl").exists() or len(rows(run)) < 7:
+        assert process.poll() is None, (run / "log.txt").read_text()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    children = [int(pid) for pid in open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()]
+    os.kill(children[-1], signal.SIGKILL)
+    assert process.wait(timeout=60) == 128 + signal.SIGKILL
+    assert not (run / "stages" / "sft" / "handoff.json").exists()
+    drive((run, "sft"))
+    assert exact(rows(run)) == exact(reference)
+    assert rows(run, "heldout.jsonl") == rows(runs["tp2_sp"], "heldout.jsonl")
+    drive((run, "sft"))  # finished: nothing to do
+    assert exact(rows(run)) == exact(reference)
