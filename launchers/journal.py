@@ -12,6 +12,7 @@ Every row has `time` (UTC, ISO 8601) and `event`:
     started             {"stage", "attempt", "pid", "process_started", "host", "stage_pid"}   by the wrapper
     outcome             {"stage", "attempt", "exit_code", "reason", "seconds", "first_step_seconds", "max_rss_bytes"}   by the wrapper
     decision            {"stage", "attempt", "decision": next | again | stop, "reason"}
+    job_failed          {"stage", "job", "exit_code", "output"}                by the batch script of a Slurm job that is not requeued
     signal              {"signal", "stage"}
     cancel              {"reason", and "stage", "job", "pids", "pid", "kill" where known}
     end                 {"exit_code", "reason"}

@@ -13,6 +13,7 @@ from launchers.journal import Journal, attempts, last_outcome, seconds_between, 
 from launchers.jsonl import JsonLines, Row
 from launchers.processes import is_alive
 from launchers.runs import RunFolder
+from launchers.stage_job import DATA
 from recipes.schema import Recipe
 
 State = Literal["waiting", "running", "finished", "failed", "interrupted"]
@@ -72,10 +73,20 @@ class RunProgress:
         self._heldout = {s: JsonLines(run.stage(s) / "heldout.jsonl") for s in self.recipe.stages}
         self._finished: dict[str, Row] = {}
         self.stages: list[StageProgress] = []
+        self.data_failure: str | None = None
+        """Why the data could not be prepared, if that is where the run stands."""
 
     def refresh(self) -> list[StageProgress]:
         self.journal.poll()
         self.stages = [self._stage(stage) for stage in self.recipe.stages]
+        self.data_failure = _data_failure(stage_rows(self.journal.rows, DATA))
+        stopped = DATA if self.data_failure else None
+        for progress in self.stages:
+            rows = stage_rows(self.journal.rows, progress.stage)
+            if stopped is not None and progress.state == "waiting" and rows and rows[-1].get("executor") == "slurm":
+                progress.reason = f"not started: Slurm cancelled job {rows[-1].get('job')} when '{stopped}' stopped"
+            elif progress.state in ("failed", "interrupted") and any(_stops(row) for row in rows[-2:]):
+                stopped = progress.stage
         return self.stages
 
     @property
@@ -89,6 +100,8 @@ class RunProgress:
         open_stages = [s for s in self.stages if s.state != "finished"]
         if not open_stages:
             return "finished"
+        if self.data_failure and open_stages[0].state == "waiting":
+            return "failed"
         if open_stages[0].state == "waiting" and len(open_stages) < len(self.stages):
             return "interrupted"  # stopped between two stages
         return open_stages[0].state
@@ -208,16 +221,44 @@ class RunProgress:
             stopped = code == 75 or " after SIG" in outcome.get("reason", "")
             progress.state = "interrupted" if stopped else "failed"
             progress.reason = "ended with 0 but left no hand-off" if code == 0 else outcome.get("reason", "")
-        elif progress.attempts and self._launcher_alive() and rows[-1]["event"] in ("intent", "submitted"):
-            progress.state = "running"
         elif rows and rows[-1]["event"] == "submitted" and rows[-1].get("executor") == "slurm":
             progress.reason = f"Slurm job {rows[-1]['job']}"  # waits, as far as the journal knows
+        elif progress.attempts and self._launcher_alive() and rows[-1]["event"] in ("intent", "submitted"):
+            progress.state = "running"
+        elif (end := _stopped_without_outcome(rows)) is not None:
+            progress.state, progress.reason = "failed", end
         elif progress.attempts:
             failed = [row for row in rows if row["event"] == "submission_failed"]
             progress.state = "failed" if failed else "interrupted"
             progress.reason = (
                 failed[-1].get("reason", "") if failed else "its job ended without a trace (killed, or the machine went down)"
             )
+
+
+def _stops(row: Row) -> bool:
+    return row["event"] == "job_failed" or row.get("decision") == "stop"
+
+
+def _stopped_without_outcome(rows: list[Row]) -> str | None:
+    """Why a stage stopped whose wrapper did not begin, or did not live to write down an outcome; None if nothing tells."""
+    begun = max((i for i, row in enumerate(rows) if row["event"] in ("intent", "submitted", "started")), default=-1)
+    for row in rows[begun + 1 :]:  # a decision comes before the end of its job
+        if row.get("decision") == "stop":
+            return str(row.get("reason", ""))
+        if row["event"] == "job_failed":
+            return (
+                f"its Slurm job {row.get('job')} ended with exit code {row.get('exit_code')} before the stage could say why; "
+                f"see the files in {row.get('output')}"
+            )
+    return None
+
+
+def _data_failure(rows: list[Row]) -> str | None:
+    """Why the last attempt at the data ended without it; None while it runs or when it is there."""
+    outcome = last_outcome(rows, DATA)
+    if outcome is not None:
+        return None if outcome.get("exit_code") == 0 else str(outcome.get("reason", ""))
+    return _stopped_without_outcome(rows)
 
 
 def _startup(outcome: Row, progress: StageProgress) -> float:

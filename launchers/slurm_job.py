@@ -52,6 +52,11 @@ def main(argv: list[str] | None = None) -> int:
     journal = Journal.read(Path(job.run_dir) / "journal.jsonl")
     attempt = args.attempt
     if restarts:
+        lost = after_a_loss(job, journal.rows)
+        if lost is not None:
+            _journal(journal, job, attempts(journal.rows, job.stage), lost, fault=True)
+            if lost.action == "stop":
+                return lost.exit_code
         attempt = attempts(journal.rows, job.stage) + 1
         journal.append("intent", stage=job.stage, attempt=attempt, executor="slurm", command=job.command, restarts=restarts)
         journal.append("submitted", stage=job.stage, attempt=attempt, job=os.environ.get("SLURM_JOB_ID", ""), executor="slurm")
@@ -59,6 +64,15 @@ def main(argv: list[str] | None = None) -> int:
     run_wrapper(["--job", str(args.job), "--attempt", str(attempt)])
     journal.poll()
     decision, fault = decide(job, journal.rows, attempt, step_before, checkpoint_step(job))
+    _journal(journal, job, attempt, decision, fault=fault)
+    if decision.action == "next":
+        return 0
+    if decision.action == "again":
+        return EXIT_AGAIN
+    return decision.exit_code if decision.exit_code not in (0, EXIT_AGAIN) else 1
+
+
+def _journal(journal: Journal, job: StageJob, attempt: int, decision: policy.Decision, *, fault: bool) -> None:
     journal.append(
         "decision",
         stage=job.stage,
@@ -69,11 +83,19 @@ def main(argv: list[str] | None = None) -> int:
         fault=fault,
     )
     print(f"{job.stage}, attempt {attempt}: {decision.action}: {decision.reason}; {decision.remedy}", flush=True)
-    if decision.action == "next":
-        return 0
-    if decision.action == "again":
-        return EXIT_AGAIN
-    return decision.exit_code if decision.exit_code not in (0, EXIT_AGAIN) else 1
+
+
+def after_a_loss(job: StageJob, rows: list[Row]) -> policy.Decision | None:
+    """What follows for a requeued job whose start before left no decision: its node was lost, or it was killed at the time limit.
+
+    None if a decision is there. Nobody else counts such ends: without this they would repeat as often as the job may be requeued.
+    """
+    last = attempts(rows, job.stage)
+    if any(row["event"] == "decision" and row.get("attempt") == last for row in stage_rows(rows, job.stage)):
+        return None
+    return _again_or_stop(
+        job, rows, checkpoint_step(job), "its job ended without a trace (a lost node, or killed at the limit)"
+    )
 
 
 def decide(job: StageJob, rows: list[Row], attempt: int, step_before: int, step_after: int) -> tuple[policy.Decision, bool]:

@@ -1,7 +1,8 @@
 """The batch script of one stage, through nemo-run's SlurmExecutor: one srun, one task a node, and a requeue only where it was decided.
 
 nemo-run's own retries requeue after any failure, so they are off; a trap in the script requeues on the one exit code that
-`launchers/slurm_job.py` gives a stage that is to go on. Everything that gets into the script is checked to mean nothing to a shell.
+`launchers/slurm_job.py` gives a stage that is to go on, and where Slurm ended the job at its time limit. After any other failure it
+writes a row into the journal. Everything that gets into the script is checked to mean nothing to a shell.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ class SlurmScripts:
             srun_args=list(options.srun_args) or None,
             additional_parameters={key: value for key, value in more.items() if value is not None},
             env_vars={**options.environment, "PYTHONPATH": str(self.code), "PYTHONSAFEPATH": "1"},
-            setup_lines=self._setup_lines(),
+            setup_lines=self._setup_lines(job),
             dependencies=[f"slurm_tunnel://nemo_run/{dependency}/master/0"] if dependency else [],
             tunnel=nemo_run.LocalTunnel(job_dir=""),
             packager=nemo_run.Packager(),
@@ -168,16 +169,29 @@ class SlurmScripts:
         own = [shell_word("a folder to mount", path) for path in dict.fromkeys(paths)]
         return [*(f"{path}:{path}" for path in own), *self.options.container_mounts]
 
-    def _setup_lines(self) -> str:
+    def _setup_lines(self, job: StageJob) -> str:
         first, count = PORTS
+        row = f'{{"time": "%s", "event": "job_failed", "stage": "{job.stage}", "job": "%s", "exit_code": %d, "output": "%s"}}'
+        journal = shell_word("the journal of the run", str(self.run_dir / "journal.jsonl"))
         return "\n".join(
             (
                 'export MASTER_ADDR="${head_node_ip%% *}"',
                 f"export MASTER_PORT=$(( {first} + SLURM_JOB_ID % {count} ))",
+                "at_the_end() {",
+                "code=$?; set +ex",
+                '[ $code -ne 0 ] || [ -z "${exitcode+set}" ] || return 0',
+                'about=$(scontrol show job "$SLURM_JOB_ID")',
+                # The stage did not save and leave before the limit. Slurm ends this script too, with srun still running, and would count
+                # the job as failed; requeued, it goes on from its last checkpoint, and launchers/slurm_job.py counts such ends.
+                f'[ -n "${{exitcode+set}}" ] || [[ "$about" != *Reason=TimeLimit* ]] || code={EXIT_AGAIN}',
                 # The only requeue: decided in the job, on the first node. Slurm requeues by itself when a node fails.
-                f'requeue_if_decided() {{ if [ $? -eq {EXIT_AGAIN} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {self.options.max_requeues} ]; '
-                'then scontrol requeue "$SLURM_JOB_ID"; fi; }',
-                "trap requeue_if_decided EXIT",
+                f'if [ $code -eq {EXIT_AGAIN} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {self.options.max_requeues} ]; '
+                'then scontrol requeue "$SLURM_JOB_ID";',
+                # For the case that nothing of ours began, or was left to say how it ended: no Python, no container, no memory.
+                'elif [ $code -ne 0 ]; then output=$(sed -n "s/^ *StdOut=//p" <<< "$about"); output=${output%/*};',
+                f'printf \'{row}\\n\' "$(date -u +%Y-%m-%dT%H:%M:%S.000+00:00)" "$SLURM_JOB_ID" $code "$output" >> {journal};',
+                "fi; }",
+                "trap at_the_end EXIT",
             )
         )
 

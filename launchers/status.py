@@ -95,7 +95,7 @@ def is_going_on(progress: Any) -> bool:
         return True
     last = {row["stage"]: row for row in progress.journal.rows if row.get("stage")}
     jobs = [row for row in last.values() if row.get("executor") == "slurm" or row.get("decision") == "again"]
-    stopped = any(row.get("decision") == "stop" or row["event"] == "cancel" for row in last.values())
+    stopped = any(row.get("decision") == "stop" or row["event"] in ("cancel", "job_failed") for row in last.values())
     slurm = any(row.get("executor") == "slurm" for row in progress.journal.rows)
     return slurm and bool(jobs) and not stopped
 

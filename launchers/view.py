@@ -68,6 +68,8 @@ def overview(progress: RunProgress) -> Group:
     notes = [
         Text(f"{s.stage}: {s.reason}", style=STYLES[s.state]) for s in progress.stages if s.reason and s.state != "finished"
     ]
+    if progress.data_failure:
+        notes.insert(0, Text(f"data: {progress.data_failure}", style=STYLES["failed"]))
     return Group(stage_table(progress), Text(line, style=STYLES[progress.state]), *notes)
 
 

@@ -34,6 +34,7 @@ from launchers import hang
 from launchers.errors import LaunchError
 from launchers.hang import EXIT_HUNG, EXIT_HUNG_REPEATEDLY, MAX_HANGS
 from launchers.journal import Journal
+from launchers.last_words import last_words
 from launchers.processes import end_all
 from launchers.stage_job import StageJob
 from launchers.steps import checkpoint_step
@@ -89,6 +90,7 @@ def run(job: StageJob, attempt: int, journal: Journal) -> int:
         log.write(
             f"==== attempt {attempt}, {datetime.now(UTC).isoformat(timespec='seconds')}: {' '.join(job.command)}\n".encode()
         )
+        begin = os.fstat(log.fileno()).st_size
         watch = FirstStep(Path(job.stage_dir) / "metrics.jsonl")
         forwarder = Forwarder()
         environment = {**os.environ, **job.environment, ATTEMPT_VARIABLE: str(attempt)}
@@ -143,6 +145,8 @@ def run(job: StageJob, attempt: int, journal: Journal) -> int:
             log.write(f"==== {len(left)} processes outlived the command; ending them\n".encode())
             end_all(left, LEFTOVER_GRACE_SECONDS)
         reason = describe_exit(exit_code, forwarder.received)
+        if words := last_words(job.log, begin, exit_code):
+            reason += f": {words}"
         hang_fields: dict[str, int] = {}
         if hung is not None and exit_code != 0:
             journal.poll()
@@ -242,7 +246,7 @@ def describe_exit(exit_code: int, received: str | None) -> str:
         0: "finished",
         16: "stopped by Megatron's rerun check (16): an unexpected result, not yet known whether it repeats; suspect the hardware",
         17: "stopped by Megatron's rerun check (17): a result failed its validation; suspect data, code or hardware",
-        74: "no space left on the disk that its last lines name",
+        74: "no space left on a disk",
         75: "saved, to be resumed",
         78: "refused its configuration or hand-off",
     }

@@ -10,7 +10,7 @@ import pytest
 
 from launchers import slurm_job
 from launchers.journal import Journal
-from launchers.slurm_job import EXIT_AGAIN, MAX_FAULTS_WITHOUT_PROGRESS, decide
+from launchers.slurm_job import EXIT_AGAIN, MAX_FAULTS_WITHOUT_PROGRESS, after_a_loss, decide
 from launchers.stage_job import StageJob
 
 STAGE = "a"
@@ -117,8 +117,30 @@ def test_a_requeued_job_counts_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     slurm_job.main(["--job", str(job.file), "--attempt", "3", "--chdir", str(tmp_path)])
     rows = Journal.read(tmp_path / "journal.jsonl").rows
-    assert [(row["event"], row["attempt"]) for row in rows[1:3]] == [("intent", 5), ("submitted", 5)]
-    assert rows[2]["job"] == "77"
+    assert [(row["event"], row["attempt"]) for row in rows[1:4]] == [("decision", 4), ("intent", 5), ("submitted", 5)]
+    assert rows[3]["job"] == "77"
+
+
+def test_starts_that_left_no_decision_are_faults_and_capped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm requeues the job of a lost node by itself, and the batch script one that its time limit killed."""
+    job = job_in(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    journal = Journal(tmp_path / "journal.jsonl")
+    for attempt in range(1, MAX_FAULTS_WITHOUT_PROGRESS + 1):
+        journal.append("intent", stage=STAGE, attempt=attempt)
+        journal.append("started", stage=STAGE, attempt=attempt)
+        lost = after_a_loss(job, Journal.read(journal.path).rows)
+        assert lost is not None
+        assert lost.action == "again"
+        journal.append("decision", stage=STAGE, attempt=attempt, decision="again", step=0, fault=True)
+        assert after_a_loss(job, Journal.read(journal.path).rows) is None
+    journal.append("intent", stage=STAGE, attempt=4)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "4")
+    assert slurm_job.main(["--job", str(job.file), "--attempt", "1", "--chdir", str(tmp_path)]) == 1
+    last = Journal.read(journal.path).rows[-1]
+    assert (last["event"], last["decision"], last["attempt"]) == ("decision", "stop", 4)
+    assert "4 starts in a row ended so without progress" in last["reason"]
+    assert not job.log.exists(), "nothing was started"
 
 
 @pytest.mark.parametrize(("code", "expected"), [(0, 0), (75, 0), (78, 1), (1, 1), (137, 1)])

@@ -40,8 +40,16 @@ export PYTHONPATH=/shared/quarry
 export PYTHONSAFEPATH=1
 export MASTER_ADDR="${head_node_ip%% *}"
 export MASTER_PORT=$(( 10000 + SLURM_JOB_ID % 20000 ))
-requeue_if_decided() { if [ $? -eq 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 200 ]; then scontrol requeue "$SLURM_JOB_ID"; fi; }
-trap requeue_if_decided EXIT
+at_the_end() {
+code=$?; set +ex
+[ $code -ne 0 ] || [ -z "${exitcode+set}" ] || return 0
+about=$(scontrol show job "$SLURM_JOB_ID")
+[ -n "${exitcode+set}" ] || [[ "$about" != *Reason=TimeLimit* ]] || code=75
+if [ $code -eq 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 200 ]; then scontrol requeue "$SLURM_JOB_ID";
+elif [ $code -ne 0 ]; then output=$(sed -n "s/^ *StdOut=//p" <<< "$about"); output=${output%/*};
+printf '{"time": "%s", "event": "job_failed", "stage": "long_512k", "job": "%s", "exit_code": %d, "output": "%s"}\n' "$(date -u +%Y-%m-%dT%H:%M:%S.000+00:00)" "$SLURM_JOB_ID" $code "$output" >> /shared/runs/run/journal.jsonl;
+fi; }
+trap at_the_end EXIT
 
 
 # Command 1
