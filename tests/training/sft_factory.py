@@ -5,8 +5,10 @@ The tokenizer is bytes and Granite's role tokens, so that nothing has to be trai
 
 import json
 import os
-import subprocess
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -153,26 +155,11 @@ def make_data(root, count=200):
     return recipe
 
 
-def start(run, name):
-    """The stage command in the background; its output is appended to `log.txt` of the run."""
-    with open(Path(run) / "log.txt", "a") as log:
-        return subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "training.stage", "--run-dir", str(run), "--stage", name],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-
-def start_stage(run, name):
-    """Run the stage command to its end; returns the exit code."""
-    return start(run, name).wait(timeout=300)
-
-
 def drive():
-    """Main of a process of its own: the stages of argv[1:], each RUN:STAGE, by the stage command; torch and Megatron are imported once.
+    """Main of a process of its own: the jobs of argv[1:] by the stage command; torch and Megatron are imported once.
 
-    Writes the exit code of each into RUN/code.STAGE. RUN:leaks runs `packed_and_alone` instead.
+    A job is RUN:STAGE, or RUN:STAGE:STEP, where a rank is killed with SIGKILL once that step is logged, or RUN:leaks, which runs
+    `packed_and_alone`. Prints each job's exit code.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     from training import stage as command
@@ -180,13 +167,25 @@ def drive():
 
     import_megatron_on("cpu")
     for job in sys.argv[1:]:
-        run, name = job.split(":")
+        run, name, *step = job.split(":")
+        if step:
+            threading.Thread(target=_kill_at, args=(Path(run) / "stages" / name / "metrics.jsonl", int(step[0]))).start()
         if name == "leaks":
             code = command.run_forked(1, lambda run=run: packed_and_alone(Path(run)))
         else:
             code = command.main(["--run-dir", run, "--stage", name])
-        (Path(run) / f"code.{name}").write_text(str(code))
         print(f"{job}: exit code {code}", flush=True)
+
+
+def _kill_at(metrics, step):
+    """Kill the last rank, a child of this process, when `metrics` has `step` lines."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= step:
+            children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+            os.kill(int(children[-1]), signal.SIGKILL)
+            return
+        time.sleep(0.01)
 
 
 def packed_and_alone(run):
