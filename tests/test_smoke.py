@@ -206,3 +206,14 @@ def test_the_same_command_again_trains_nothing(run, home):
     before = times()
     assert launch(home).wait(timeout=120) == 0
     assert times() == before
+
+
+def test_tensorboard_shows_the_logged_losses_of_every_phase_once(run):
+    """Also of the phase in whose middle a rank was killed."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for stage in Recipe.read(run / "recipe.json").phase:
+        reader = EventAccumulator(str(run / "stages" / stage / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+        for key in ("loss", "lr", "grad_norm", "tokens_per_second"):
+            shown = [(event.step, event.value) for event in reader.Scalars(key)]
+            assert shown == [(row["step"], pytest.approx(row[key], rel=1e-6)) for row in rows(run, stage)], (stage, key)

@@ -4,6 +4,9 @@ Megatron's argument parser is the only interface between a recipe and the traini
 it has no flag for (Granite's softmax scale and residual multiplier, which `training.pretrain` adds as arguments of its own, and the
 learning rate, which `training.scheduler` computes in tokens). Imports no torch, so that `quarry plan --args` answers at once.
 
+TensorBoard is off in Megatron: its writer reads the loss, and so waits for the GPU, at every step, and writes the steps that a resume takes
+again twice. training/metrics.py writes the event files, on GPUs and CPU alike.
+
     python -m training.arguments --recipe runs/smoke/recipe.json --stage foundation
 """
 
@@ -49,7 +52,7 @@ def compile_phase(recipe: Recipe, stage: str, run_dir: Path, load: Load | None =
         *_optimizer(phase.optimizer or recipe.optimizer),
         *_data(recipe, phase),
         *_checkpoints(phase, stage_dir, load),
-        *(_cpu() if on_cpu else _gpu(phase, stage_dir)),
+        *(_cpu() if on_cpu else _gpu(phase)),
     ]
 
 
@@ -213,13 +216,12 @@ def _cpu() -> list[str]:
     ]
 
 
-def _gpu(phase: Phase, stage_dir: Path) -> list[str]:
+def _gpu(phase: Phase) -> list[str]:
     args = [
         *_values(
             distributed_backend="nccl",
             transformer_impl="transformer_engine",
             num_workers=2,
-            tensorboard_dir=stage_dir / "tensorboard",
             # Ranks collect garbage at the same steps, so that none waits for another's collection.
             manual_gc_interval=100,
             cross_entropy_fusion_impl="native",
