@@ -15,8 +15,9 @@ from megatron.core.utils import unwrap_model
 from data_prep.files import write_json
 from data_prep.tokenizer import Tokenizer, describe, write_hf_tokenizer
 from model.convert import export
+from training.rl.engine import RolloutEngine
 from training.rl.job import Job
-from training.rl.rollout import MegatronEngine, RolloutEngine
+from training.rl.rollout import MegatronEngine
 
 
 def build_engine(job: Job, model: list[Any], tokenizer: Tokenizer, stage_dir: Path) -> RolloutEngine:

@@ -26,7 +26,7 @@ from data_prep.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema import RecipeError
 from training import disk, fast_import, rank_end, stacks
 from training.arguments import Load, add_granite_arguments
-from training.exit_codes import DISK_FULL, FINISHED, REQUEUE, SUSPICIOUS
+from training.exit_codes import DISK_FULL, FINISHED, REQUEUE, SUSPICIOUS, SuspiciousResult
 from training.handoff import Refused, _read_start, latest_step
 from training.rl.job import Job
 from training.rl.prompts import PromptError, Prompts, Sample, read_prompts
@@ -144,7 +144,6 @@ def _run_rank(job: Job, stage_dir: Path, load: Load | None, inputs: Inputs, rewa
     import_megatron_on(job.gpu)
     import torch
 
-    from training.hooks import SuspiciousResult
     from training.rl.engines import build_engine
     from training.rl.policy import Policy, ReferenceWeights
     from training.rl.state import SamplerState

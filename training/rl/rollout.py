@@ -1,4 +1,4 @@
-"""Rollouts: one small interface, and the engine that samples inside the training processes with Megatron-Core's inference.
+"""The rollout engine that samples inside the training processes, with Megatron-Core's inference.
 
 Of Megatron-Core 0.19.2 the static path is used: its key/value cache (StaticInferenceContext) and its forward pass over tensor and pipeline
 parallelism (GPTInferenceWrapper), in which attention runs through the model's own core attention. The dynamic engine needs flash
@@ -9,8 +9,7 @@ generator. So the loop over tokens is here, with training.rl.sampling.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,37 +21,8 @@ from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from megatron.core.utils import get_model_config, unwrap_model
 
 from recipes.posttrain import Rollout
+from training.rl.engine import Completion, Request
 from training.rl.sampling import sample_tokens, uniforms
-
-
-@dataclass(frozen=True)
-class Request:
-    """One response that is wanted; `position` and `number` address its random numbers (training.rl.sampling)."""
-
-    prompt_ids: tuple[int, ...]
-    position: int
-    number: int
-
-
-@dataclass(frozen=True)
-class Completion:
-    ids: np.ndarray
-    """int32 [tokens], with the end-of-text token where the response ended by itself."""
-    logprobs: np.ndarray
-    """float32 [tokens], nats, of the tempered distribution that was sampled from."""
-    truncated: bool
-
-
-class RolloutEngine(Protocol):
-    """What the trainer asks of an engine. Both methods are collective over the ranks of the job."""
-
-    def update_weights(self, step: int) -> None:
-        """From now on sample from the weights after `step` optimizer steps."""
-        ...
-
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion per request of this model replica, in order, the same on each of its ranks."""
-        ...
 
 
 class MegatronEngine:

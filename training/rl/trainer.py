@@ -18,15 +18,16 @@ from megatron.training.global_vars import get_signal_handler
 from data_prep.files import atomic_write
 from data_prep.tokenizer import Tokenizer
 from recipes.posttrain import Grpo
+from training.exit_codes import SuspiciousResult
 from training.handoff import latest_step
-from training.hooks import SuspiciousResult, prune
+from training.hooks import prune
 from training.metrics import MetricsLog
 from training.rl import losses
 from training.rl.batch import MicroBatch, collate, padded_length, tokens_in_loss
+from training.rl.engine import Completion, Request, RolloutEngine
 from training.rl.health import Health, Tally, reason_to_stop
 from training.rl.policy import Policy, ReferenceWeights, computes_loss
 from training.rl.prompts import Prompt, PromptOrder, Prompts, Sample
-from training.rl.rollout import Completion, Request, RolloutEngine
 from training.rl.state import SamplerState
 
 RewardFunction = Callable[[list[Sample]], list[float]]

@@ -21,10 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core import parallel_state as mpu
 
 from recipes.posttrain import Rollout
-from training.rl.rollout import Completion, Request
+from training.rl.engine import Completion, Request
 from training.rl.sampling import request_seed
 
 RETRIED = {408, 409, 425, 429}
@@ -169,6 +168,8 @@ class VllmEngine:
         torch.distributed.barrier()
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        from megatron.core import parallel_state as mpu
+
         completions: list[Any] = [self._client.complete(requests) if self._client is not None else None]
         group = mpu.get_model_parallel_group()
         if group.size() > 1:
