@@ -34,7 +34,7 @@ EXTRA_ARGUMENTS = ("--calculate-per-token-loss",)
 
 def run_sft(recipe: Recipe, stage: str, run_dir: Path) -> int:
     """First start, resume or refuse, then the ranks of this node; returns the exit code (see training.stage)."""
-    from training.stage import refuse, run_forked, torchrun
+    from training.stage import grace_seconds, refuse, run_forked, torchrun
 
     stage_dir = run_dir / "stages" / stage
     stage_dir.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,8 @@ def run_sft(recipe: Recipe, stage: str, run_dir: Path) -> int:
                 "checkpoints": str(decision.load.checkpoints), "step": decision.load.step, "resume": decision.load.resume,
             }  # fmt: skip
             program += ["--load", json.dumps(load)]
-        code = torchrun(ranks, f"sft.{stage}.parallel.gpus", program)
+        grace = grace_seconds(recipe)
+        code = torchrun(ranks, f"sft.{stage}.parallel.gpus", program, stage_dir=stage_dir, grace_seconds=grace)
     if code != 0:
         return code
     return FINISHED if (stage_dir / "handoff.json").exists() else REQUEUE
