@@ -27,7 +27,9 @@ BATCH_SAMPLES = 512
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.rewards", description=__doc__.splitlines()[0])
     parser.add_argument("--list", action="store_true", help="names of the rewards, with their options")
-    parser.add_argument("--check", action="store_true", help="start the rewards, say whether they can work here, and stop")
+    parser.add_argument(
+        "--check", action="store_true", help="start the rewards, say whether they can work here and fit --input, and stop"
+    )
     parser.add_argument("--plan", type=Path, help="reward plan, YAML or JSON (docs/rewards.md)")
     parser.add_argument("--reward", help="one reward for every sample, instead of a plan")
     parser.add_argument("--options", default="{}", help="its options, as JSON")
@@ -72,6 +74,8 @@ def _score(plan: RewardPlan, args: argparse.Namespace) -> int:
     from training.rewards.scoring import Rewards
 
     with Rewards(plan) as rewards:
+        if args.input is not None:
+            plan.check_references((sample.domain, sample.reference) for sample in read_samples(args.input))
         if args.check:
             print("every reward of the plan can work here")
             return 0

@@ -91,6 +91,9 @@ class Reward(ABC):
     def score(self, sample: Sample) -> Score:
         """Score one sample."""
 
+    def check_reference(self, reference: JsonValue) -> None:  # noqa: B027
+        """RewardError where samples with this reference could never be scored; cheap, and without `prepare`."""
+
     def close(self) -> None:  # noqa: B027
         """Release connections."""
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
 from training.rewards import sandbox
-from training.rewards.base import Options, Reward, Sample, Score, shorten
+from training.rewards.base import Options, Reward, RewardError, Sample, Score, shorten
 from training.rewards.structured_output import same_json, strict_json
 
 _FENCE = re.compile(r"^[ \t]*```(?:python|py|python3)?[ \t]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE | re.IGNORECASE)
@@ -79,11 +79,7 @@ class CodeExecution(Reward):
         sandbox.check()
 
     def score(self, sample: Sample) -> Score:
-        try:
-            tests = TESTS.validate_python(sample.reference)
-        except ValidationError as error:
-            problem = error.errors(include_url=False)[0]
-            return Score.failure(f"reference, {'.'.join(str(p) for p in problem['loc']) or 'tests'}: {problem['msg']}")
+        tests = _read(sample.reference)
         program = self.program(sample.completion)
         if program is None:
             return Score(value=0.0, reason="no code fence in the completion")
@@ -104,6 +100,9 @@ class CodeExecution(Reward):
             reason=shorten(first) or f"all {len(tests)} tests pass",
             details={"tests": len(tests), "passed": passed},
         )
+
+    def check_reference(self, reference: JsonValue) -> None:
+        _read(reference)
 
     def program(self, completion: str) -> str | None:
         """The code to run, or None where the completion has none."""
@@ -143,6 +142,15 @@ class CodeExecution(Reward):
         except (ValueError, RecursionError):
             return "a result that is not JSON"
         return None if same_json(found, test.expected) else f"{test.function} gave another result"
+
+
+def _read(reference: JsonValue) -> list[Any]:
+    try:
+        return TESTS.validate_python(reference)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        place = ".".join(str(p) for p in problem["loc"]) or "tests"
+        raise RewardError(shorten(f"reference, {place}: {problem['msg']}")) from None
 
 
 # Runs inside the sandbox. The program's own prints go to standard error, so that the result stands alone on standard output.

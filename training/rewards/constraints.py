@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import JsonValue, ValidationError
 
-from training.rewards.base import Options, Reward, Sample, Score, need, shorten
+from training.rewards.base import Options, Reward, RewardError, Sample, Score, need, shorten
 from training.rewards.constraint_kinds import CONSTRAINTS, Constraint
 
 
@@ -29,12 +29,7 @@ class Instructions(Reward):
         need("py3langid", "instructions")
 
     def score(self, sample: Sample) -> Score:
-        try:
-            constraints = CONSTRAINTS.validate_python(sample.reference)
-        except ValidationError as error:
-            problem = error.errors(include_url=False)[0]
-            place = ".".join(str(p) for p in problem["loc"]) or "constraints"
-            return Score.failure(shorten(f"reference, {place}: {problem['msg']}"))
+        constraints = _read(sample.reference)
         met = [self.follows(constraint, sample.completion) for constraint in constraints]
         value = sum(met) / len(met) if self.options.aggregate == "share" else float(all(met))
         missed = [c.kind for c, ok in zip(constraints, met, strict=True) if not ok]
@@ -44,10 +39,22 @@ class Instructions(Reward):
             details={"met": met, "kinds": [c.kind for c in constraints]},
         )
 
+    def check_reference(self, reference: JsonValue) -> None:
+        _read(reference)
+
     def follows(self, constraint: Constraint, text: str) -> bool:
         """Whether the text, or in loose mode one of its variants, meets the constraint. An empty text meets nothing."""
         candidates = variants(text) if self.options.mode == "loose" else [text]
         return any(candidate.strip() and constraint.met(candidate) for candidate in candidates)
+
+
+def _read(reference: JsonValue) -> list[Constraint]:
+    try:
+        return CONSTRAINTS.validate_python(reference)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        place = ".".join(str(p) for p in problem["loc"]) or "constraints"
+        raise RewardError(shorten(f"reference, {place}: {problem['msg']}")) from None
 
 
 def variants(text: str) -> list[str]:

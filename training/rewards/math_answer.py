@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from training.rewards.answers import Place, boxed, final_answer
 from training.rewards.base import Options, Reward, RewardError, Sample, Score, need, shorten
@@ -48,8 +48,7 @@ class MathAnswer(Reward):
     def score(self, sample: Sample) -> Score:
         options = self.options
         reference = sample.reference
-        if isinstance(reference, bool) or not isinstance(reference, str | int | float) or not str(reference).strip():
-            return Score.failure(f"reference must be the answer as text or number, found {reference!r}")
+        self.check_reference(reference)
         if options.several_boxed == "refuse" and len(set(boxed(sample.completion))) > 1:
             return Score(value=0.0, reason=f"{len(set(boxed(sample.completion)))} different \\boxed answers")
         answer = final_answer(sample.completion, options.answer_in)
@@ -59,7 +58,7 @@ class MathAnswer(Reward):
             return Score(value=0.0, reason=f"answer of {len(answer)} characters, the limit is {options.answer_max_characters}")
         gold = self._parse(_as_math(str(reference)))
         if not gold:
-            return Score.failure(f"reference {str(reference)!r} cannot be read as mathematics")
+            raise RewardError(f"reference {str(reference)!r} cannot be read as mathematics")
         bare = options.answer_in == "any" and answer == sample.completion.strip()
         found = self._parse(answer) if bare else self._parse(_as_math(answer)) or self._parse(answer)
         if not found:
@@ -71,6 +70,10 @@ class MathAnswer(Reward):
             reason="equal" if equal else f"{shorten(answer, 80)!r} is not {shorten(str(reference), 80)!r}",
             details={"answer": shorten(answer, 200)},
         )
+
+    def check_reference(self, reference: JsonValue) -> None:
+        if isinstance(reference, bool) or not isinstance(reference, str | int | float) or not str(reference).strip():
+            raise RewardError(f"reference must be the answer as text or number, found {shorten(repr(reference), 80)}")
 
     @staticmethod
     def _parse(text: str) -> list[Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from training.rewards.base import RewardError, Score, shorten
-from training.rewards.registry import check_options, reward_class
+from training.rewards.registry import build, check_options, reward_class
 
 OTHER = "*"
 """Domain of samples whose own is not named in the plan."""
@@ -136,6 +137,28 @@ class RewardPlan(_Strict):
                 f"a sample's domain is '{name}', the plan has {', '.join(self.domains)}; add it, or '*' for all others"
             )
         return key, self.domains[key]
+
+    def check_references(self, samples: Iterable[tuple[str, JsonValue]], shown: int = 5) -> None:
+        """RewardError that names the first problems of (domain, reference) pairs: a domain without rewards, a reference of the wrong form.
+
+        Call it with all prompts before the first step. Their content is not tried: a schema is checked, an answer not yet parsed.
+        """
+        rewards = {
+            (domain, part.title): build(part.reward, part.options)
+            for domain, plan in self.domains.items()
+            for part in plan.parts
+        }
+        problems = []
+        for number, (name, reference) in enumerate(samples):
+            try:
+                domain, plan = self.domain(name)
+                for part in plan.parts:
+                    rewards[domain, part.title].check_reference(reference)
+            except RewardError as error:
+                problems.append(f"sample {number} (domain '{name}'): {error}")
+        if problems:
+            more = f"\nand {len(problems) - shown} more" if len(problems) > shown else ""
+            raise RewardError("\n".join(problems[:shown]) + more)
 
     def rewards(self, runs_in: Literal["worker", "thread"]) -> dict[str, tuple[str, dict[str, Any]]]:
         """Key 'domain/title' -> (reward, options) of all parts that run in a worker process or in a thread."""

@@ -54,22 +54,20 @@ class ReasoningGym(Reward):
         need("reasoning_gym", "reasoning_gym", "reasoning-gym")
 
     def score(self, sample: Sample) -> Score:
-        reference = sample.reference
-        if not isinstance(reference, dict) or set(reference) != {"task", "entry"} or not isinstance(reference["entry"], dict):
-            return Score.failure('reference must be {"task": name, "entry": {...}}, found ' + shorten(repr(reference), 80))
-        raw_answer = final_answer(sample.completion, self.options.answer_in)
-        if raw_answer is None:
+        task, entry = _read(sample.reference)
+        answer = final_answer(sample.completion, self.options.answer_in)
+        if answer is None:
             return Score(value=0.0, reason=f"no answer (looked for: {self.options.answer_in})")
-        raw = self.raw(str(reference["task"]), reference["entry"], raw_answer)
+        raw = self.raw(task, entry, answer)
         value = 0.0 if raw < self.options.threshold else 1.0 if self.options.binary else raw
-        return Score(value=value, reason=f"{reference['task']} gives {raw:g}", details={"raw": raw})
+        return Score(value=value, reason=f"{task} gives {raw:g}", details={"raw": raw})
+
+    def check_reference(self, reference: JsonValue) -> None:
+        _read(reference)
 
     def raw(self, task: str, entry: dict[str, JsonValue], answer: str | None) -> float:
         """The scorer's own number, in [0, 1]; RewardError for a task that is not allowed."""
-        if task not in ALLOWED:
-            raise RewardError(
-                f"reward 'reasoning_gym': task '{task}' is not among those whose scorer is trusted (procedural.ALLOWED)"
-            )
+        _allow(task)
         if task not in self._scorers:
             dataset_type, config_type = need("reasoning_gym.factory", "reasoning_gym").DATASETS[task]
             self._scorers[task] = dataset_type(config=config_type()).score_answer
@@ -77,3 +75,19 @@ class ReasoningGym(Reward):
         if not 0 <= value <= 1:
             raise RewardError(f"reward 'reasoning_gym': the scorer of {task} gave {value}")
         return value
+
+
+def _allow(task: str) -> None:
+    if task not in ALLOWED:
+        raise RewardError(
+            f"reward 'reasoning_gym': task '{task}' is not among those whose scorer is trusted (procedural.ALLOWED)"
+        )
+
+
+def _read(reference: JsonValue) -> tuple[str, dict[str, JsonValue]]:
+    if isinstance(reference, dict) and set(reference) == {"task", "entry"}:
+        task, entry = reference["task"], reference["entry"]
+        if isinstance(task, str) and isinstance(entry, dict):
+            _allow(task)
+            return task, entry
+    raise RewardError('reference must be {"task": name, "entry": {...}}, found ' + shorten(repr(reference), 80))

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
-from training.rewards.base import Reward, Sample, Score
+from training.rewards.base import Reward, RewardError, Sample, Score
 from training.rewards.plan import Part, RewardPlan
 from training.rewards.pool import WorkerPool
 from training.rewards.registry import build
@@ -117,5 +117,7 @@ class Rewards:
 def _guarded(reward: Reward, sample: Sample) -> Score:
     try:
         return reward.score(sample)
+    except RewardError as error:
+        return Score.failure(str(error))
     except Exception as error:
         return Score.failure(f"{type(error).__name__}: {error}")

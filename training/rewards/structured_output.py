@@ -37,15 +37,7 @@ class StructuredOutput(Reward):
             self._validator(self.options.json_schema)
 
     def score(self, sample: Sample) -> Score:
-        schema: Any = self.options.json_schema
-        expected: list[JsonValue] = []
-        if isinstance(sample.reference, dict) and set(sample.reference) <= {"schema", "expected"} and sample.reference:
-            schema = sample.reference.get("schema", schema)
-            expected = [sample.reference["expected"]] if "expected" in sample.reference else []
-        elif schema is None:
-            schema = sample.reference
-        if not isinstance(schema, dict):
-            return Score.failure(f"no schema: reference must be a JSON schema, found {shorten(repr(sample.reference), 80)}")
+        schema, expected = self._read(sample.reference)
         validator = self._validator(schema)
         text = sample.completion
         fence = _FENCE.match(text)
@@ -64,6 +56,22 @@ class StructuredOutput(Reward):
         if expected and not same_json(value, expected[0]):
             return Score(value=self.options.parsed_value, reason="fits the schema, is not the expected value")
         return Score(value=1.0, reason="fits the schema")
+
+    def check_reference(self, reference: JsonValue) -> None:
+        self._validator(self._read(reference)[0])
+
+    def _read(self, reference: JsonValue) -> tuple[dict[str, Any], list[JsonValue]]:
+        """The schema, and the expected value in a list where there is one."""
+        schema: Any = self.options.json_schema
+        expected: list[JsonValue] = []
+        if isinstance(reference, dict) and set(reference) <= {"schema", "expected"} and reference:
+            schema = reference.get("schema", schema)
+            expected = [reference["expected"]] if "expected" in reference else []
+        elif schema is None:
+            schema = reference
+        if not isinstance(schema, dict):
+            raise RewardError(f"no schema: reference must be a JSON schema, found {shorten(repr(reference), 80)}")
+        return schema, expected
 
     @staticmethod
     def _validator(schema: dict[str, Any]) -> Any:

@@ -87,6 +87,8 @@ def main() -> int:
             score = Score.failure(f"time-out after {limit:g} s")
         except MemoryError:
             score = Score.failure("out of memory (worker_memory_bytes)")
+        except RewardError as error:
+            score = Score.failure(str(error))
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             score = Score.failure(f"{type(error).__name__}: {error} ({os.path.basename(where.filename)}:{where.lineno})")

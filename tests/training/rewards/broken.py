@@ -10,7 +10,7 @@ from training.rewards import Options, Reward, RewardError, Sample, Score
 
 
 class ShortOptions(Options):
-    time_limit_seconds: float = 0.4
+    time_limit_seconds: float = 20.0
     refuse: bool = False
 
 

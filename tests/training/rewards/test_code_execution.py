@@ -1,24 +1,18 @@
 """Code by execution: tests of three kinds, and programs that try to pass without solving anything."""
 
-import os
-import shutil
-
 import pytest
 
-from training.rewards import Sample
+from tests.training.rewards.helpers import need_bubblewrap
+from training.rewards import RewardError, Sample
 from training.rewards.code_execution import CodeExecution, CodeOptions
 from training.rewards.sandbox import Limits
 
-LIMITS = Limits(wall_seconds=2)
+LIMITS = Limits(wall_seconds=20)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _bubblewrap():
-    if shutil.which("bwrap") is None:
-        reason = "bubblewrap is not installed: bash scripts/sandbox_packages.sh (apt-get install bubblewrap)"
-        if os.environ.get("CI", "").lower() not in ("", "0", "false"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+    need_bubblewrap()
 
 
 def score(program, tests, **options):
@@ -61,7 +55,6 @@ def test_share_of_tests():
         ("def add(a, b): return float('nan')", CALLS, "ValueError"),
         ("def add(a, b): return True", [{"kind": "call", "function": "add", "args": [0, 1], "expected": 1}], "another result"),
         ("print(6)", STDIN, "another output"),
-        ("while True: pass", STDIN, "limit"),
         ("def add(a, b): return {}", ASSERTS, "AssertionError"),
         ("def add(:", CALLS, "SyntaxError"),
     ],
@@ -94,6 +87,5 @@ def test_which_part_of_the_completion_is_the_program():
 
 @pytest.mark.parametrize("reference", [None, [], [{"kind": "shell"}], [{"kind": "call", "function": "a.b", "expected": 1}]])
 def test_a_bad_reference_is_the_datas_failure_and_not_the_models(reference):
-    result = CodeExecution(CodeOptions()).score(Sample(completion="```\n1\n```", reference=reference))
-    assert result.failed
-    assert result.reason.startswith("reference, ")
+    with pytest.raises(RewardError, match="^reference, "):
+        CodeExecution(CodeOptions()).score(Sample(completion="```\n1\n```", reference=reference))

@@ -1,11 +1,12 @@
 """Checkable instructions: each kind by example and by property, strict and loose, and beside lm-eval's where that is installed."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from training.rewards import Sample
+from tests.training.rewards.helpers import quick
+from training.rewards import RewardError, Sample
 from training.rewards.constraint_kinds import CONSTRAINTS, KINDS, sentences
 from training.rewards.constraints import InstructionOptions, Instructions, variants
 
@@ -109,9 +110,8 @@ def test_examples(kind, arguments, follow, do_not):
 def test_bad_arguments_are_refused_by_name(arguments, message):
     with pytest.raises(ValidationError, match=message):
         CONSTRAINTS.validate_python([arguments])
-    score = Instructions(InstructionOptions()).score(Sample(completion="x", reference=[arguments]))
-    assert score.failed
-    assert score.reason.startswith("reference, 0")
+    with pytest.raises(RewardError, match="^reference, 0"):
+        Instructions(InstructionOptions()).score(Sample(completion="x", reference=[arguments]))
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_nothing_said_follows_nothing():
 texts = st.text(alphabet=" \n.,!?*-[]<>#\"{}1aAbB'é字", max_size=40) | st.text(max_size=30)
 
 
-@settings(max_examples=60, deadline=None)
+@quick
 @given(texts)
 def test_every_kind_answers_yes_or_no_to_any_text_and_loose_forgives_only(text):
     strict, loose = Instructions(InstructionOptions()), Instructions(InstructionOptions(mode="loose"))
@@ -162,7 +162,7 @@ def test_every_kind_answers_yes_or_no_to_any_text_and_loose_forgives_only(text):
         assert loose.follows(one, text) or not strict.follows(one, text)
 
 
-@settings(max_examples=60, deadline=None)
+@quick
 @given(texts, st.permutations([{"kind": kind, **arguments} for kind, arguments, *_ in EXAMPLES][:12]))
 def test_the_order_of_instructions_does_not_matter(text, order):
     value = score(text, order, aggregate="share")
@@ -170,6 +170,7 @@ def test_the_order_of_instructions_does_not_matter(text, order):
     assert value == score(text, sorted(order, key=repr), aggregate="share")
 
 
+@quick
 @given(st.integers(0, 8), st.integers(0, 8))
 def test_bounds(count, bound):
     text = " ".join(["w"] * count)

@@ -6,9 +6,10 @@ import sys
 import time
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.training.rewards.helpers import quick
 from training.rewards import RewardError, Sample, Score
 from training.rewards.pool import WorkerPool
 
@@ -16,16 +17,18 @@ BEHAVE = "tests.training.rewards.broken:Behave"
 
 
 def jobs(*completions):
-    return [("one", Sample(completion=c)) for c in completions]
+    return [("brief" if c in ("sleep", "hang") else "one", Sample(completion=c)) for c in completions]
 
 
 @pytest.fixture(scope="module")
 def pool():
-    with WorkerPool({"one": (BEHAVE, {})}, workers=2, memory_bytes=2 << 30) as pool:
+    with WorkerPool(
+        {"one": (BEHAVE, {}), "brief": (BEHAVE, {"time_limit_seconds": 0.4})}, workers=2, memory_bytes=2 << 30
+    ) as pool:
         yield pool
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@quick
 @given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), max_size=12), st.randoms(use_true_random=False))
 def test_a_batch_keeps_its_order_and_scores_do_not_depend_on_it(pool, values, random):
     order = list(range(len(values)))
@@ -65,7 +68,7 @@ def test_what_goes_wrong_is_one_failed_score(pool, order, reason, restarts):
 
 
 def test_unknown_key_is_refused(pool):
-    with pytest.raises(RewardError, match="no reward has the key 'two'; known: one"):
+    with pytest.raises(RewardError, match="no reward has the key 'two'; known: one, brief"):
         pool.score([("two", Sample(completion=""))])
 
 

@@ -70,4 +70,5 @@ def test_partial_credit_is_an_option():
 
 @pytest.mark.parametrize("reference", [None, "gcd", {"task": "gcd"}, {"task": "gcd", "entry": "x"}])
 def test_a_bad_reference_is_the_datas_failure(reward, reference):
-    assert reward.score(Sample(completion="<answer>1</answer>", reference=reference)).failed
+    with pytest.raises(RewardError, match="^reference must be"):
+        reward.score(Sample(completion="<answer>1</answer>", reference=reference))

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.training.rewards.helpers import quick
 from training.rewards import DomainPlan, Part, RewardError, RewardPlan, Rewards, Sample, Score, TooManyFailures
 from training.rewards.formats import Format, FormatOptions
 from training.rewards.statistics import FailureGuard, summarize
@@ -57,6 +58,7 @@ parts = st.fixed_dictionaries(
 unit = st.floats(0, 1)
 
 
+@quick
 @given(st.lists(st.tuples(parts, unit), min_size=1, max_size=5), st.randoms(use_true_random=False))
 def test_totals_are_in_range_and_their_parts_have_no_order(rows, random):
     if all(part["role"] == "penalty" for part, _ in rows):
@@ -92,6 +94,41 @@ def test_totals_are_in_range_and_their_parts_have_no_order(rows, random):
 def test_bad_plans_are_refused_by_name(plan, message):
     with pytest.raises(RewardError, match=message):
         RewardPlan.parse(plan)
+
+
+def test_references_are_checked_before_the_first_step():
+    plan = RewardPlan.parse(
+        {
+            "domains": {
+                "math": {"parts": [{"reward": "math"}, {"reward": "format", "role": "penalty"}]},
+                "code": {"parts": [{"reward": "code"}]},
+                "gym": {"parts": [{"reward": "reasoning_gym"}]},
+                "json": {"parts": [{"reward": "json_schema"}]},
+                "ifeval": {"parts": [{"reward": "instructions"}]},
+            }
+        }
+    )
+    good = [
+        ("math", "1/2"),
+        ("code", [{"kind": "stdin", "stdin": "", "stdout": ""}]),
+        ("gym", {"task": "gcd", "entry": {}}),
+        ("json", {"type": "object"}),
+        ("ifeval", [{"kind": "no_comma"}]),
+    ]
+    plan.check_references(good)
+    bad = [
+        ("math", None),
+        ("code", []),
+        ("gym", {"task": "countdown", "entry": {}}),
+        ("json", "x"),
+        ("ifeval", [{"kind": "x"}]),
+        ("law", ""),
+    ]
+    with pytest.raises(RewardError) as caught:
+        plan.check_references([*good, *bad])
+    lines = str(caught.value).split("\n")
+    assert [line.partition(":")[0] for line in lines[:-1]] == [f"sample {i + 5} (domain '{bad[i][0]}')" for i in range(5)]
+    assert lines[-1] == "and 1 more"
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +187,7 @@ def test_a_domain_without_rewards_is_refused():
         plan.domain("code")
 
 
+@quick
 @given(st.lists(unit, min_size=1, max_size=30), st.integers(0, 3))
 def test_statistics_agree_with_the_standard_library(values, failures):
     scores = [Score(value=v) for v in values] + [Score.failure("x")] * failures

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.training.rewards.helpers import quick
 from training.rewards import RewardError, Sample
 from training.rewards.structured_output import StructuredOptions, StructuredOutput, same_json, strict_json
 
@@ -77,23 +78,37 @@ def test_a_schema_of_the_plan_serves_every_sample():
         reward.prepare()
 
 
-@pytest.mark.parametrize("reference", [None, 3, [], {"$ref": "http://192.0.2.1/schema.json"}])
-def test_no_schema_and_no_download(reference):
-    reward = StructuredOutput(StructuredOptions())
-    sample = Sample(completion="{}", reference=reference)
-    if isinstance(reference, dict):
-        with pytest.raises(Exception, match="192.0.2.1"):  # the worker makes a failure score of it
-            reward.score(sample)
-    else:
-        assert reward.score(sample).failed
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        (None, "no schema: reference must be a JSON schema, found None"),
+        ([], "no schema"),
+        ({"schema": 1}, "no schema"),
+        ({"type": "strange"}, "not a valid schema"),
+    ],
+)
+def test_a_bad_reference_is_the_datas_failure(reference, message):
+    for act in (
+        lambda reward: reward.check_reference(reference),
+        lambda reward: reward.score(Sample(completion="{}", reference=reference)),
+    ):
+        with pytest.raises(RewardError, match=message):
+            act(StructuredOutput(StructuredOptions()))
 
 
+def test_a_schema_elsewhere_is_not_downloaded():
+    with pytest.raises(Exception, match="Unresolvable.*192.0.2.1"):  # the worker makes a failure score of it
+        score("{}", {"$ref": "http://192.0.2.1/schema.json"})
+
+
+@quick
 @given(values)
 def test_json_that_python_writes_is_read_and_equal_to_itself(value):
     assert same_json(strict_json(json.dumps(value)), value)
     assert score(json.dumps(value), {"schema": {}, "expected": value}).value == 1
 
 
+@quick
 @given(values, values)
 def test_equality_is_symmetric_and_finer_than_pythons(left, right):
     assert same_json(left, right) == same_json(right, left)
