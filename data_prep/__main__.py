@@ -10,6 +10,7 @@ from data_prep.cache_job import build_caches
 from data_prep.errors import DataError
 from data_prep.prepare import prepare
 from data_prep.progress import Shown
+from data_prep.sources import threads
 from recipes.schema import Recipe, RecipeError
 
 EXIT_REFUSED = 78
@@ -24,6 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
         recipe, progress = Recipe.read(args.recipe), Shown()
         prepare(recipe, progress=progress)
         build_caches(recipe, progress=progress)
+        if any(stage in recipe.sft for stage in recipe.stages):
+            from data_prep.sft import prepare_all
+
+            prepare_all(recipe, workers=threads(), say=progress.message)
     except (DataError, RecipeError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return EXIT_REFUSED

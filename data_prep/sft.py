@@ -22,6 +22,7 @@ import numpy as np
 from data_prep.errors import DataError
 from data_prep.files import atomic_write, digest_of, exclusive_lock, record_file, remove_leftovers
 from data_prep.manifest import TokenizerRecord
+from data_prep.sft_builtin import build
 from data_prep.sft_files import render_file
 from data_prep.sft_manifest import Packs, SampleFile, SampleStore, SftManifest, manifest_path, packs_prefix
 from data_prep.sft_packing import Packing, pack
@@ -85,7 +86,11 @@ def _render(
     for name, source in sorted(sft.sources.items()):  # the manifest's order, which numbers the samples
         if not name.replace("_", "").replace("-", "").isalnum():
             raise DataError(f"sft.{stage}.sources: '{name}' becomes a folder's name; use letters, digits, - and _")
-        for number, path in enumerate(expand(source.paths, f"sft.{stage}.sources.{name}.paths")):
+        if source.builder is not None:
+            paths = [build(source.builder, source.max_samples or 0, data_root / "sft" / stage / "built")]
+        else:
+            paths = expand(source.paths, f"sft.{stage}.sources.{name}.paths")
+        for number, path in enumerate(paths):
             prefix = f"sft/{stage}/samples/{name}/{number:05d}"
             jobs.append((name, (path, data_root, prefix, hf_folder, template, tuple(sft.allowed_tokens))))
     if workers > 1 and len(jobs) > 1:
@@ -225,6 +230,14 @@ def _write_packs(
         cut_samples=int((whole > length).sum()),
         files=files,
     )
+
+
+def prepare_all(recipe: Recipe, *, workers: int = 1, say: Callable[[str], None] = print) -> None:
+    """The data of every SFT stage that `stages` names, behind those of the phases, whose tokenizer they take."""
+    root = Path(recipe.data.root)
+    for stage in recipe.stages:
+        if stage in recipe.sft:
+            prepare_sft(recipe.sft[stage], stage, root, tokenizer_of(root), workers=workers, say=say)
 
 
 def tokenizer_of(data_root: Path) -> TokenizerRecord:

@@ -57,6 +57,11 @@ def run(args: argparse.Namespace) -> int:
     progress = Shown()
     prepare(recipe, progress=progress)
     build_caches(recipe, progress=progress)
+    if any(stage in recipe.sft for stage in recipe.stages):
+        from data_prep.sft import prepare_all
+        from data_prep.sources import threads
+
+        prepare_all(recipe, workers=threads(), say=progress.message)
     print(f"data of '{recipe.name}' is ready in {recipe.data.root}")
     return 0
 

@@ -43,8 +43,9 @@ def options_of(recipe: Recipe) -> SlurmOptions:
 
 def nodes_of(recipe: Recipe, stage: str) -> int:
     """Nodes of a stage; data, merges and exports take one."""
-    if stage in recipe.phase:
-        return max(1, recipe.phase[stage].parallel.gpus // recipe.cluster.gpus_per_node)
+    training = recipe.phase.get(stage) or recipe.sft.get(stage)
+    if training is not None:
+        return max(1, training.parallel.gpus // recipe.cluster.gpus_per_node)
     return 1
 
 

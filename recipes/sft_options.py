@@ -13,8 +13,11 @@ from recipes.job_options import Optimizer, Parallel, Precision
 
 
 class SftSource(Strict):
-    paths: list[str]
+    paths: list[str] = []
     """Files or glob patterns of chat samples: JSON lines (plain, gz, zst) or Parquet; format in docs/sft.md."""
+    builder: str | None = None
+    """In the place of paths: samples made here (data_prep/sft_builtin.py), `max_samples` of them."""
+    max_samples: PositiveInt | None = None
 
 
 class Sft(Strict):

@@ -79,8 +79,13 @@ def sft_rules(recipe: Recipe, stage: str) -> Iterator[Problem]:
             f"{key}.sources", "{}", "there is nothing to learn from", f"e.g. +{key}.sources.chat.paths=[data/chat/*.jsonl]"
         )
     for name, source in sft.sources.items():
-        if not source.paths:
-            yield Problem(f"{key}.sources.{name}.paths", "[]", "a source needs files", "e.g. [data/chat/*.jsonl]")
+        where = f"{key}.sources.{name}"
+        if bool(source.paths) == (source.builder is not None):
+            rule = "a source has either files or a builder"
+            yield Problem(f"{where}.paths", source.paths, rule, "e.g. [data/chat/*.jsonl] and builder null")
+        if (source.builder is None) != (source.max_samples is None):
+            rule = "says how many samples a builder makes, and nothing else"
+            yield Problem(f"{where}.max_samples", source.max_samples, rule, "e.g. 1000 with a builder, null with paths")
     if sft.warmup_percent >= 100:
         yield Problem(f"{key}.warmup_percent", sft.warmup_percent, "the warm-up would not be over when the stage is", "e.g. 3")
     if sft.end_lr > sft.peak_lr:
