@@ -1,4 +1,4 @@
-"""`quarry cancel`: ask whatever runs a run to stop and watch it save: its launcher here, stray stages, or its Slurm jobs."""
+"""`quarry cancel`: ask whatever runs a run to stop and watch it save: its launcher here, stray stages, its containers or Slurm jobs."""
 
 from __future__ import annotations
 
@@ -71,6 +71,7 @@ def cancel(run: RunFolder, *, kill: bool, say: Callable[[str], None] = lambda te
             )
         found = _cancel_slurm(journal, say)
     # Also behind a launcher: one that was killed in between leaves its stage.
+    found = _stop_containers(run, journal, kill, say) or found
     found = _stop_strays(run, journal, kill, say) or found
     if not found:
         say(f"run {run.name}: nothing is running")
@@ -158,6 +159,21 @@ def _stop_strays(run: RunFolder, journal: Journal, kill: bool, say: Callable[[st
                     os.kill(process.pid, signal.SIGTERM)
         _wait(lambda folder=folder: not stage_processes(folder), say, f"{folder.name}: waiting for them to save")
     return found
+
+
+def _stop_containers(run: RunFolder, journal: Journal, kill: bool, say: Callable[[str], None]) -> bool:
+    """Stop what runs in Docker without a launcher; their processes are the daemon's to tell, not this machine's list of processes."""
+    if not any(row.get("executor") == "docker" for row in journal.rows):
+        return False
+    from launchers.docker_jobs import containers_of_run
+
+    live = containers_of_run(run.path)
+    for stage, containers in live.items():
+        say(f"{stage}: container {containers.job} runs without a launcher; {'killing' if kill else 'ending'} it")
+        journal.append("cancel", reason="quarry cancel", stage=stage, job=containers.job, kill=kill)
+        containers.stop(kill=kill)
+        _wait(lambda containers=containers: not containers.alive(), say, f"{stage}: waiting for it to save")
+    return bool(live)
 
 
 def _cancel_slurm(journal: Journal, say: Callable[[str], None]) -> bool:

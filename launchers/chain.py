@@ -12,14 +12,16 @@ import shlex
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from launchers import policy, processes, stage_job
 from launchers.control import LogTail, Signals, Strays, tail
+from launchers.docker_jobs import DockerJobs, RunningContainers, StrayContainers, SubmissionFailed
 from launchers.errors import LaunchError
 from launchers.journal import FORMAT as JOURNAL_FORMAT
 from launchers.journal import Journal, attempts, last_outcome, stage_rows
@@ -65,13 +67,17 @@ class Launch:
         }
 
     def dryrun(self) -> int:
-        """Print what would be started (Slurm: and write the scripts to RUN/scripts); starts nothing."""
+        """Print what would be started (Slurm, Docker: and write it to RUN/scripts); starts nothing."""
         done = self._finished(Journal.read(self.run.journal), self._change())
         self.console.print(f"run {self.run.name}: {self.run.path}")
         if self.recipe.cluster.kind == "slurm":
             from launchers import slurm
 
             return slurm.dryrun(self, done)
+        if self.recipe.cluster.kind == "docker":
+            from launchers import docker_jobs
+
+            return docker_jobs.dryrun(self, done)
         data = stage_job.data_job(self.recipe, self.run.path, data_command=self.data_command)
         for job, state in ((data, "prepare"), *((self.jobs[s], "finished" if s in done else "start") for s in self.stages)):
             self.console.print(f"\n[{state}] {job.stage}")
@@ -98,12 +104,25 @@ class Launch:
                 if self.progress.state == "finished":
                     print_summary(self.progress, self.console)
                 return 0
-            self._record_recipe(changes)
             if self.recipe.cluster.kind == "slurm":
                 from launchers import slurm
 
+                self._record_recipe(changes)
                 return slurm.submit(self, todo)
-            return self._run(todo)
+            jobs = self._jobs()
+            self._record_recipe(changes)
+            return self._run(jobs, todo)
+
+    def _jobs(self) -> LocalJobs | DockerJobs:
+        """What starts the jobs; with Docker, LaunchError before anything of the run is written when it could start none."""
+        local = LocalJobs(self.run.path / ".nemo-run")
+        if self.recipe.cluster.kind != "docker":
+            return local
+        try:
+            return DockerJobs(self.recipe, self.run.path, local)
+        except LaunchError:
+            local.close()
+            raise
 
     def _change(self) -> list[str] | None:
         """None for a new run, else the accepted changes against its recipe."""
@@ -135,7 +154,7 @@ class Launch:
             self.recipe.write(self.run.recipe)
             self.journal.append("run", format=JOURNAL_FORMAT, recipe_digest=self.recipe.digest(), changes=changes or [])
 
-    def _run(self, todo: list[str]) -> int:
+    def _run(self, jobs: LocalJobs | DockerJobs, todo: list[str]) -> int:
         self.journal.append(
             "launch",
             pid=os.getpid(),
@@ -148,10 +167,9 @@ class Launch:
             f"run {self.run.name}: {len(todo)} of {len(self.recipe.stages)} stages to go; folder {self.run.path}",
         )
         code, reason = 1, "the launcher failed"
-        jobs = LocalJobs(self.run.path / ".nemo-run")
         try:
             with Signals() as self.signals:
-                code, reason = self._prepare_data()
+                code, reason = self._prepare_data(jobs)
                 if code == 0:
                     with View(self.progress, self.console) as self.view:
                         code, reason = self._run_stages(jobs, todo)
@@ -172,9 +190,9 @@ class Launch:
             )
         return code
 
-    def _prepare_data(self) -> tuple[int, str]:
+    def _prepare_data(self, jobs: LocalJobs | DockerJobs) -> tuple[int, str]:
         job = stage_job.data_job(self.recipe, self.run.path, data_command=self.data_command)
-        self._wait_for_strays(job)
+        self._wait_for_strays(jobs, job)
         shown = LogTail(job.log)
         begun = time.monotonic()
 
@@ -183,8 +201,12 @@ class Launch:
                 if not line.startswith("===="):  # the wrapper's marks in the log
                     self.console.print(f"[data] {line}", soft_wrap=True)
 
-        attempt = self._intent(job, "direct")
-        with start_directly(job, attempt) as submitted:
+        in_docker = isinstance(jobs, DockerJobs)
+        attempt = self._intent(jobs, job, "docker" if in_docker else "direct")
+        with (
+            self._starting(job, attempt),
+            jobs.submit(job, attempt) if in_docker else start_directly(job, attempt) as submitted,
+        ):
             self._submitted(job, attempt, submitted)
             code, reason = self._follow(job, attempt, submitted, show)
         show()
@@ -196,7 +218,7 @@ class Launch:
         self.console.print(f"[data] ready after {time.monotonic() - begun:.1f} s")
         return 0, ""
 
-    def _run_stages(self, jobs: LocalJobs, todo: list[str]) -> tuple[int, str]:
+    def _run_stages(self, jobs: LocalJobs | DockerJobs, todo: list[str]) -> tuple[int, str]:
         for stage in todo:
             job = self.jobs[stage]
             starts = 0
@@ -211,11 +233,11 @@ class Launch:
                 return decision.exit_code, f"{stage}: {decision.reason}"
         return 0, "finished"
 
-    def _attempt(self, jobs: LocalJobs, job: StageJob, starts: int) -> policy.Decision:
+    def _attempt(self, jobs: LocalJobs | DockerJobs, job: StageJob, starts: int) -> policy.Decision:
         """Start the stage once (or wait for a job of it that still runs) and decide what follows."""
         stage = job.stage
         step_before = checkpoint_step(job)
-        attempt = self._wait_for_strays(job)
+        attempt = self._wait_for_strays(jobs, job)
         attached = attempt is not None
         if attempt is not None:
             code, reason = self._outcome(stage, attempt)
@@ -225,16 +247,12 @@ class Launch:
                 return policy.Decision(
                     "stop", "asked to stop before it was started", policy.SAME_COMMAND, 128 + self.signals.received
                 )
-            attempt = self._intent(job, "local")
-            try:
-                with jobs.submit(job, attempt) as submitted:
-                    self._submitted(job, attempt, submitted)
-                    self._report()  # while the stage imports what it needs, so that the chain does not wait for it
-                    self.view.update(force=True)
-                    code, reason = self._follow(job, attempt, submitted, self.view.update)
-            except OSError as error:
-                self.journal.append("submission_failed", stage=stage, attempt=attempt, reason=str(error))
-                raise LaunchError(f"stage '{stage}' could not be submitted: {error}") from error
+            attempt = self._intent(jobs, job, "docker" if isinstance(jobs, DockerJobs) else "local")
+            with self._starting(job, attempt), jobs.submit(job, attempt) as submitted:
+                self._submitted(job, attempt, submitted)
+                self._report()  # while the stage imports what it needs, so that the chain does not wait for it
+                self.view.update(force=True)
+                code, reason = self._follow(job, attempt, submitted, self.view.update)
         self.view.update(force=True)
         decision = policy.decide(
             code,
@@ -249,31 +267,47 @@ class Launch:
         self.journal.append("decision", stage=stage, attempt=attempt, decision=decision.action, reason=decision.reason)
         return decision
 
-    def _intent(self, job: StageJob, executor: str) -> int:
+    @contextlib.contextmanager
+    def _starting(self, job: StageJob, attempt: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SubmissionFailed) as error:
+            self.journal.append("submission_failed", stage=job.stage, attempt=attempt, reason=str(error))
+            raise LaunchError(f"stage '{job.stage}' could not be submitted: {error}") from error
+
+    def _intent(self, jobs: LocalJobs | DockerJobs, job: StageJob, executor: str) -> int:
         self.journal.poll()
         attempt = attempts(self.journal.rows, job.stage) + 1
+        job = jobs.for_container(job) if isinstance(jobs, DockerJobs) else job
         job.write()
         self.journal.append("intent", stage=job.stage, attempt=attempt, executor=executor, command=job.command)
         return attempt
 
     def _submitted(self, job: StageJob, attempt: int, submitted: Submitted) -> None:
-        self.journal.append("submitted", stage=job.stage, attempt=attempt, job=submitted.job)
+        more = {"executor": "docker", "image": submitted.image} if isinstance(submitted, RunningContainers) else {}
+        self.journal.append("submitted", stage=job.stage, attempt=attempt, job=submitted.job, **more)
 
-    def _wait_for_strays(self, job: StageJob) -> int | None:
-        """Wait for processes of this stage that an earlier launcher left; returns their attempt, None if there were none."""
-        live = processes.stage_processes(Path(job.stage_dir))
-        if not live:
+    def _wait_for_strays(self, jobs: LocalJobs | DockerJobs, job: StageJob) -> int | None:
+        """Wait for what an earlier launcher left of this stage; returns its attempt, None if there was nothing."""
+        submitted: Strays | StrayContainers | None
+        if isinstance(jobs, DockerJobs):
+            submitted = jobs.strays(job)
+            found: dict[str, Any] = {"container": submitted.job} if submitted else {}
+            what = f"container {submitted.job}" if submitted else ""
+        else:
+            pids = sorted(p.pid for p in processes.stage_processes(Path(job.stage_dir)))
+            submitted = Strays(Path(job.stage_dir)) if pids else None
+            found, what = {"pids": pids}, f"processes {', '.join(map(str, pids))}"
+        if submitted is None:
             return None
         self.journal.poll()
         attempt = max(1, attempts(self.journal.rows, job.stage))
-        pids = sorted(p.pid for p in live)
-        self.journal.append("attached", stage=job.stage, attempt=attempt, pids=pids)
+        self.journal.append("attached", stage=job.stage, attempt=attempt, **found)
         self.console.print(
-            f"stage '{job.stage}' still runs (processes {', '.join(map(str, pids))}), left by a launcher that was killed: waiting for it "
+            f"stage '{job.stage}' still runs ({what}), left by a launcher that was killed: waiting for it "
             f"instead of starting it twice. Ctrl-C makes it save and stop.",
             style="yellow",
         )
-        submitted = Strays(Path(job.stage_dir))
         self._follow(job, attempt, submitted, self.view.update if job.stage != DATA else lambda: None)
         return attempt
 
@@ -281,7 +315,7 @@ class Launch:
         """Wait for the job's outcome, show progress, pass on signals."""
         next_alive = time.monotonic() + ALIVE_INTERVAL_SECONDS
         forwarded = 0
-        stray = isinstance(submitted, Strays)
+        stray = isinstance(submitted, (Strays, StrayContainers))
         while True:
             self.journal.poll()
             ended = last_outcome(self.journal.rows, job.stage)
@@ -289,11 +323,13 @@ class Launch:
                 return ended.get("exit_code"), ended.get("reason", "")
             if self.signals.count > forwarded:
                 forwarded = self.signals.count
-                self._forward(job, attempt)
+                self._forward(job, attempt, submitted)
             if time.monotonic() >= next_alive:
                 next_alive = time.monotonic() + ALIVE_INTERVAL_SECONDS
                 if not submitted.alive():
-                    return self._settle(job, attempt)
+                    # Nothing of a container outlives it.
+                    contained = isinstance(submitted, RunningContainers)
+                    return self._outcome(job.stage, attempt) if contained else self._settle(job, attempt)
             show()
             time.sleep(POLL_SECONDS)
 
@@ -315,19 +351,23 @@ class Launch:
             return None, "its job ended without a trace"
         return row.get("exit_code"), row.get("reason", "")
 
-    def _forward(self, job: StageJob, attempt: int) -> None:
+    def _forward(self, job: StageJob, attempt: int, submitted: Submitted | None = None) -> None:
         """First request: SIGTERM to the wrapper (which makes the stage save). A second one: kill."""
         name = signal.Signals(self.signals.received or signal.SIGTERM).name
         self.journal.append("signal", signal=name, stage=job.stage)
+        again = self.signals.count > 1
+        if again:
+            said = f"{name} again: killing stage '{job.stage}'; it will go on from its last checkpoint"
+        else:
+            said = f"{name}: stage '{job.stage}' saves and stops (once more kills it)"
+        self.console.print(said, style="yellow")
+        if isinstance(submitted, RunningContainers):
+            submitted.stop(kill=again)
+            return
         live = processes.stage_processes(Path(job.stage_dir))
-        if self.signals.count > 1:
-            self.console.print(
-                f"{name} again: killing stage '{job.stage}'; it will go on from its last checkpoint",
-                style="yellow",
-            )
+        if again:
             processes.end_all(live, 0.0)
             return
-        self.console.print(f"{name}: stage '{job.stage}' saves and stops (once more kills it)", style="yellow")
         started = [r for r in stage_rows(self.journal.rows, job.stage) if r["event"] == "started" and r["attempt"] == attempt]
         wrapper = (
             started[-1]["pid"] if started and processes.is_alive(started[-1]["pid"], started[-1]["process_started"]) else None
@@ -357,12 +397,11 @@ class Launch:
 
 
 def check_cluster(recipe: Recipe) -> None:
-    """LaunchError unless this version can start jobs on the recipe's kind of cluster."""
-    if recipe.cluster.kind not in ("local", "slurm"):
-        raise LaunchError(
-            f"cluster.kind is '{recipe.cluster.kind}' (cluster={recipe.cluster.name}), and this version starts jobs on the local machine and "
-            f"on Slurm only. `quarry plan` and `quarry plan --args STAGE` work for every cluster; cluster=local runs the chain here"
-        )
+    """LaunchError unless the recipe says all that its kind of cluster needs to start jobs (Slurm: asked when it submits)."""
+    if recipe.cluster.kind == "docker":
+        from launchers.docker_container import options_of
+
+        options_of(recipe)
 
 
 def select(stages: list[str], first: str | None, last: str | None) -> list[str]:

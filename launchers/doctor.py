@@ -96,6 +96,7 @@ class Machine:
     requirements: Callable[[], list[str]] = lambda: metadata.requires("quarry") or []
     """Requirements of Quarry as its pyproject.toml states them, markers included."""
     python: str = field(default_factory=platform.python_version)
+    uid: int = field(default_factory=os.getuid)
     shm: Path = Path("/dev/shm")
     timeout_seconds: float = TIMEOUT_SECONDS
 
@@ -377,6 +378,12 @@ def probe_docker(machine: Machine) -> list[Line]:
     if answer.trouble:
         found = f"{'docker hangs: ' * (answer.trouble == 'hangs')}{answer.output}"
         return [Line("docker", "missing", found, "start the daemon (`systemctl start docker`), and be in the group docker")]
+    if machine.uid == 0:  # `quarry launch cluster=docker` refuses it
+        found, remedy = (
+            f"{answer.output}, but this is root",
+            "launch as an ordinary user in the group docker: no stage runs as root",
+        )
+        return [Line("docker", "missing", found, remedy)]
     runtimes = machine.ask("docker", "info", "--format", "{{json .Runtimes}}")
     try:
         known = "nvidia" in json.loads(runtimes.output)

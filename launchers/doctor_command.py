@@ -42,6 +42,8 @@ NEEDS: dict[Kind, tuple[str, ...]] = {
     "slurm": (*INSTALLED, *FOLDERS, "slurm client", "munge"),
 }
 """The lines that must not be "missing". A login node needs no GPU, and the image of a container brings Transformer Engine along."""
+ON_GPUS = ("driver", "gpus")
+"""What of these the ranks' GPUs need: nothing of it with cluster.gpu=cpu."""
 LEAST_CAPABILITY = {"bf16": (8, 0), "fp8": (9, 0), "mxfp8": (10, 0)}
 """Compute capability that a precision needs: Ampere, Hopper, Blackwell. FP8 on Ada (8.9) is not counted: no recipe is meant for it."""
 CPU_BYTES_PER_PARAMETER = 16
@@ -116,21 +118,18 @@ def judge(recipe: Recipe, findings: Findings) -> list[Verdict]:
     for kind in NEEDS:
         asked = kind == kind_of(recipe)
         there = recipe if asked else _moved(recipe, kind, findings.gpus)
-        missing = [name for name in NEEDS[kind] if findings.line(name).state == "missing"]
+        needed = [name for name in NEEDS[kind] if kind != "docker" or there.cluster.gpu != "cpu" or name not in ON_GPUS]
+        missing = [name for name in needed if findings.line(name).state == "missing"]
         reasons: list[str] = []
         options = recipe.cluster.options if asked else {}
         if kind == "local CPU":
             reasons += _cpu_reasons(there, findings)
-        if kind in ("local GPU", "docker") and findings.gpus:
+        if kind in ("local GPU", "docker") and there.cluster.gpu != "cpu" and findings.gpus:
             reasons += _gpu_reasons(there, findings.gpus)
         if kind == "docker" and asked and not options.get("container_image"):
-            build = "docker build --target gpu -t quarry:gpu ."
-            reasons.append(f"cluster.options.container_image = null: no image; `{build}`, then set it to quarry:gpu")
-        if kind == "docker":
-            reasons.append(
-                "cluster.kind = docker: `quarry launch` starts no containers yet; start the image by hand (docs/docker.md) and launch in it "
-                "with cluster=local"
-            )
+            target = "cpu" if recipe.cluster.gpu == "cpu" else "gpu"
+            build = f"docker build --target {target} -t quarry:{target} ."
+            reasons.append(f"cluster.options.container_image = null: no image; `{build}`, then set it to quarry:{target}")
         if kind == "slurm" and options.get("container_image") and findings.line("pyxis").state == "missing":
             missing.append("pyxis")
         reasons += [str(problem) for problem in lint(there)]

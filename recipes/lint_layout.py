@@ -12,6 +12,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from recipes.docker_options import DockerOptions, docker_options, layout_of
+from recipes.fields import Strict
 from recipes.problem import Problem
 from recipes.schema import Model, Parallel, Phase, Recipe
 from recipes.slurm_options import SlurmOptions, limit_seconds, slurm_options
@@ -50,9 +52,6 @@ def model_rules(recipe: Recipe) -> Iterator[Problem]:
 
 def cluster_rules(recipe: Recipe) -> Iterator[Problem]:
     cluster = recipe.cluster
-    if cluster.gpu == "cpu" and cluster.kind == "docker":
-        rule = f"ranks on CPU run on one machine only, and this cluster is {cluster.kind}"
-        yield Problem("cluster.gpu", "cpu", rule, "cluster=local, or name the cluster's GPU, e.g. cluster.gpu=h100")
     if cluster.gpu == "cpu" and cluster.kind == "slurm":
         for stage, phase in recipe.phase.items():
             if stage in recipe.stages and phase.parallel.gpus > cluster.gpus_per_node:
@@ -61,17 +60,48 @@ def cluster_rules(recipe: Recipe) -> Iterator[Problem]:
                 yield Problem(f"phase.{stage}.parallel.gpus", phase.parallel.gpus, rule, remedy)
     if cluster.kind == "slurm":
         yield from _slurm(cluster.options)
+    if cluster.kind == "docker":
+        yield from _docker(recipe)
+
+
+def _refused(error: ValidationError, options: type[Strict], module: str) -> Iterator[Problem]:
+    """What pydantic says of a cluster's options, as problems."""
+    for found in error.errors():
+        key = ".".join(("cluster.options", *(str(part) for part in found["loc"])))
+        known = ", ".join(options.model_fields)
+        remedy = f"known options: {known}" if found["type"] == "extra_forbidden" else f"see {module}"
+        yield Problem(key, repr(found["input"]), found["msg"].removeprefix("Value error, "), remedy)
+
+
+def _docker(recipe: Recipe) -> Iterator[Problem]:
+    cluster = recipe.cluster
+    try:
+        checked = docker_options(cluster.options)
+    except ValidationError as error:
+        yield from _refused(error, DockerOptions, "recipes/docker_options.py")
+        return
+    key, gpus = "cluster.options.gpus", checked.gpus
+    if gpus is None:
+        return
+    if cluster.gpu == "cpu":
+        yield Problem(
+            key, gpus, "ranks run on CPU here (cluster.gpu=cpu)", "set it to null, or name the GPU, e.g. cluster.gpu=h100"
+        )
+    elif gpus > cluster.gpus_per_node:
+        rule = f"the machine has {cluster.gpus_per_node} (cluster.gpus_per_node)"
+        yield Problem(key, gpus, rule, f"at most {cluster.gpus_per_node}, or null")
+    else:
+        needed = {s: layout.gpus for s in recipe.stages if (layout := layout_of(recipe, s)) is not None}
+        largest = max(needed, key=needed.__getitem__, default=None)
+        if largest is not None and needed[largest] > gpus:
+            yield Problem(key, gpus, f"stage {largest} has {needed[largest]} ranks", f"at least {needed[largest]}, or null")
 
 
 def _slurm(options: dict[str, Any]) -> Iterator[Problem]:
     try:
         checked = slurm_options(options)
     except ValidationError as error:
-        for found in error.errors():
-            key = ".".join(("cluster.options", *(str(part) for part in found["loc"])))
-            known = ", ".join(SlurmOptions.model_fields)
-            remedy = f"known options: {known}" if found["type"] == "extra_forbidden" else "see recipes/slurm_options.py"
-            yield Problem(key, repr(found["input"]), found["msg"].removeprefix("Value error, "), remedy)
+        yield from _refused(error, SlurmOptions, "recipes/slurm_options.py")
         return
     limit, before = limit_seconds(checked.time), checked.signal_seconds_before_limit
     if before >= limit:

@@ -16,7 +16,17 @@ import pytest
 
 from launchers import doctor_command
 from launchers.cli import main
-from launchers.doctor import Machine, examine, probe_clock, probe_disk, probe_gpus, probe_packages, probe_shm, probe_slurm
+from launchers.doctor import (
+    Machine,
+    examine,
+    probe_clock,
+    probe_disk,
+    probe_docker,
+    probe_gpus,
+    probe_packages,
+    probe_shm,
+    probe_slurm,
+)
 
 H100 = "NVIDIA H100 80GB HBM3, 81559, 580.95.05, 9.0"
 A100 = "NVIDIA A100-SXM4-80GB, 81920, 580.95.05, 8.0"
@@ -54,7 +64,7 @@ def machine(folder: Path, versions: dict[str, str | None] | None = None, **chang
             return None
 
     environment = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "NCCL_VERSION")}
-    return Machine(path=str(folder), version_of=version_of, **{"environment": environment, **changes})
+    return Machine(path=str(folder), version_of=version_of, **{"environment": environment, "uid": 1000, **changes})
 
 
 def doctor(capsys: pytest.CaptureFixture[str], machine: Machine, *overrides: str) -> tuple[int, dict[str, Any]]:
@@ -251,10 +261,14 @@ def test_docker(capsys, folder: Path) -> None:
     assert code == 1
     assert "docker build --target gpu" in verdict(answer, "docker")["reasons"][0]
     code, answer = doctor(capsys, machine(folder), "cluster=docker", "cluster.options.container_image=quarry:gpu")
-    assert code == 1
-    assert [reason.partition(":")[0] for reason in verdict(answer, "docker")["reasons"]] == ["cluster.kind = docker"]
+    assert (code, verdict(answer, "docker")["reasons"]) == (0, [])
+    assert "no stage runs as root" in probe_docker(machine(folder, uid=0))[0].remedy
     script(folder, "docker", "print('28.2.2' if sys.argv[1] == 'version' else '{\"runc\": {}}')")
     assert line(doctor(capsys, machine(folder))[1], "docker")["state"] == "warning"
+    script(folder, "nvidia-smi", "sys.exit(9)")
+    image = "cluster.options.container_image=quarry:cpu"
+    code, answer = doctor(capsys, machine(folder), "cluster=docker", "cluster.gpu=cpu", image)
+    assert (code, verdict(answer, "docker")["missing"]) == (0, [])
 
 
 def test_folders_and_shared_memory(folder: Path, tmp_path: Path) -> None:

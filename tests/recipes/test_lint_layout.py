@@ -18,14 +18,6 @@ RULES: dict[str, Rule] = {
         "1, 2, 4",
     ),
     "even head size": ("smoke", {"model.head_dim": 33}, "model.head_dim", "33", "pairs", "34"),
-    "CPU on a cluster": (
-        "five_phase",
-        {"cluster.gpu": "cpu", "cluster.kind": "docker"},
-        "cluster.gpu",
-        "cpu",
-        "this cluster is docker",
-        "cluster.gpu=h100",
-    ),
     "CPU ranks on several nodes": (
         "five_phase",
         {"cluster.gpu": "cpu"},
