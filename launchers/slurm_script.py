@@ -43,7 +43,7 @@ def options_of(recipe: Recipe) -> SlurmOptions:
 
 def nodes_of(recipe: Recipe, stage: str) -> int:
     """Nodes of a stage; data, merges and exports take one."""
-    training = recipe.phase.get(stage) or recipe.sft.get(stage)
+    training = recipe.phase.get(stage) or recipe.sft.get(stage) or recipe.grpo.get(stage)
     if training is not None:
         return max(1, training.parallel.gpus // recipe.cluster.gpus_per_node)
     return 1

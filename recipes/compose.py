@@ -39,7 +39,7 @@ def compose(overrides: Sequence[str] = (), config_dirs: Iterable[Path | str] = (
     Raises RecipeError, which says what is wrong and what would be right. The result is not linted: see `recipes.lint.check`.
     """
     raw = _container(overrides, [Path(d) for d in config_dirs])
-    for section in ("phase", "merge", "sft", "export"):
+    for section in ("phase", "merge", "sft", "grpo", "export"):
         raw[section] = {name: stage for name, stage in (raw.get(section) or {}).items() if stage is not None}
     _check_stages(raw)
     problems: list[str] = []
@@ -201,7 +201,7 @@ def _check_stages(raw: dict[str, Any]) -> None:
         raise RecipeError(
             f"stages: must be a list of stage names (got {stages!r}); a curriculum sets it, e.g. curriculum=five_phase"
         )
-    known = [*raw["phase"], *raw["merge"], *raw["sft"], *raw["export"]]
+    known = [*raw["phase"], *raw["merge"], *raw["sft"], *raw["grpo"], *raw["export"]]
     unknown = [s for s in stages if s not in known]
     if unknown:
         kept = ",".join(str(s) for s in stages if s in known)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+from recipes.grpo_stage import grpo_rules
 from recipes.lint_layout import cluster_rules, model_rules, phase_layout_rules
 from recipes.problem import Problem
 from recipes.schedules import first_peak_last, previous_phase
@@ -33,6 +34,8 @@ def lint(recipe: Recipe) -> list[Problem]:
             problems += merge_rules(recipe, stage)
         elif stage in recipe.sft:
             problems += sft_rules(recipe, stage)
+        elif stage in recipe.grpo:
+            problems += grpo_rules(recipe, stage)
     return problems
 
 

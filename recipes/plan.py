@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from recipes.grpo_stage import settings
+from recipes.posttrain import GrpoStage
 from recipes.schedules import first_peak_last
 from recipes.schema import Model, Phase, Recipe
 from recipes.sft_options import Sft
@@ -96,7 +98,7 @@ def human_hours(hours: float | None) -> str:
     return f"{hours / 24:.1f} d" if hours >= 48 else f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.0f} min"
 
 
-def layout_text(phase: Phase | Sft) -> str:
+def layout_text(phase: Phase | Sft | GrpoStage) -> str:
     """'TP2+SP CP4 DP64': the dimensions that are not 1, data parallelism always."""
     layout = phase.parallel
     sizes = {"TP": layout.tensor, "PP": layout.pipeline, "VP": layout.virtual_pipeline or 1, "CP": layout.context}
@@ -143,6 +145,18 @@ def curriculum_table(recipe: Recipe) -> Table:
                 f"linear\n0 → {human_lr(sft.peak_lr)} → {human_lr(sft.end_lr)}",
                 f"{len(sft.sources)} sources\n{sft.precision.name}",
                 f"{layout_text(sft)}\n{sft.parallel.gpus}",
+                "",
+            )
+        elif kind == "grpo":
+            grpo = recipe.grpo[stage]
+            base = settings(recipe, stage).rope_base
+            table.add_row(
+                f"[bold]{stage}[/]",
+                f"{grpo.prompts_per_step} prompts\n{grpo.steps:,}",
+                f"{grpo.samples_per_step} x {human_length(grpo.seq_length_tokens)}\n{human_base(base)}",
+                f"constant\n{human_lr(grpo.learning_rate)}",
+                f"rollouts ({grpo.rollout.engine})\n{grpo.precision.name}",
+                f"{layout_text(grpo)}\n{grpo.parallel.gpus}",
                 "",
             )
         elif kind == "export":
@@ -219,7 +233,7 @@ def notes(recipe: Recipe) -> Iterable[str]:
     for stage in plans:
         if jump := recipe.phase[stage].schedule.jump:
             yield f"{stage}: learning rate jumps: {jump}"
-    unused = [s for s in [*recipe.phase, *recipe.merge, *recipe.sft, *recipe.export] if s not in recipe.stages]
+    unused = [s for s in [*recipe.phase, *recipe.merge, *recipe.sft, *recipe.grpo, *recipe.export] if s not in recipe.stages]
     if unused:
         yield f"defined but not in stages, so not run: {', '.join(unused)}"
 

@@ -1,15 +1,13 @@
-"""Typed settings of post-training by reinforcement learning: what `recipes/posttrain/grpo*.yaml` hold.
-
-Imports nothing of recipes.schema, which may import this: a stage adds its layout, precision and optimizer to these.
-"""
+"""Typed settings of post-training by reinforcement learning: what `recipes/posttrain/grpo*.yaml` hold. Part of the schema."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from recipes.fields import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict
+from recipes.job_options import Optimizer, Parallel, Precision
 
 
 class VllmServer(Strict):
@@ -71,8 +69,12 @@ class Grpo(Strict):
     """1 is on-policy; more cut the rollout batch into as many mini batches, whose later ones are off-policy."""
     seq_length_tokens: PositiveInt
     """Longest prompt and response together."""
-    rope_base: PositiveFloat
+    rope_base: PositiveFloat | None = None
+    """None: that of the phase before, in a curriculum."""
     learning_rate: PositiveFloat
+    mup_scaling: bool = False
+    """False: the rate is that of every weight, as published rates are meant. True: a base rate as in the phases, which muP divides by
+    the width multiplier for the matrices inside the layers."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up from 0, then constant."""
     deviation: Literal["sample", "population", "none"]
@@ -124,3 +126,21 @@ class Grpo(Strict):
                 f"overlong_cache_tokens is {self.overlong_cache_tokens}, over rollout.max_response_tokens {limit}; lower it"
             )
         return self
+
+
+class GrpoStage(Grpo):
+    """One stage of a curriculum: the settings with what they are applied to, and where."""
+
+    prompts: list[str]
+    """JSON-lines files; format in training/rl/prompts.py."""
+    rewards: dict[str, Any]
+    """Reward plan: domain -> rewards (training/rewards/plan.py)."""
+    parallel: Parallel
+    precision: Precision
+    optimizer: Optimizer | None = None
+    """The stage's own optimizer settings; None: the recipe's."""
+
+    def settings(self, rope_base: float) -> Grpo:
+        """The part that is no more than settings, with the RoPE base that holds."""
+        own = {name: getattr(self, name) for name in Grpo.model_fields}
+        return Grpo(**(own | {"rope_base": rope_base}))

@@ -21,6 +21,7 @@ from pydantic import ValidationError, model_validator
 from recipes.cleaning import Cleaning
 from recipes.fields import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict
 from recipes.job_options import Optimizer, Parallel, Precision
+from recipes.posttrain import GrpoStage
 from recipes.sft_options import Sft
 
 RESOLVED_FORMAT = "quarry.recipe/1"
@@ -225,10 +226,11 @@ class Recipe(Strict):
     """Name of the curriculum."""
     seed: NonNegativeInt
     stages: list[str]
-    """Stages in order; each names a phase, a merge, an sft or the export."""
+    """Stages in order; each names a phase, a merge, an sft, a grpo or the export."""
     phase: dict[str, Phase]
     merge: dict[str, Merge] = {}
     sft: dict[str, Sft] = {}
+    grpo: dict[str, GrpoStage] = {}
     export: dict[str, Export] = {}
     model: Model
     optimizer: Optimizer
@@ -239,24 +241,26 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _stages_resolve(self) -> Recipe:
-        known = [*self.phase, *self.merge, *self.sft, *self.export]
+        known = [*self.phase, *self.merge, *self.sft, *self.grpo, *self.export]
         for name in known:
             if known.count(name) > 1:
-                raise ValueError(f"stage '{name}' is defined twice, under two of phase, merge, sft and export; rename one")
+                raise ValueError(f"stage '{name}' is defined twice, under two of phase, merge, sft, grpo and export; rename one")
         for stage in self.stages:
             if stage not in known:
-                raise ValueError(f"stages names '{stage}', which is no phase, merge, sft or export; known: {', '.join(known)}")
+                raise ValueError(f"stages names '{stage}', which is no phase, merge, sft, grpo or export; known: {', '.join(known)}")
         if len(set(self.stages)) != len(self.stages):
             raise ValueError("stages names a stage twice; give the second run of a phase its own name")
         return self
 
-    def stage_kind(self, stage: str) -> Literal["phase", "merge", "sft", "export"]:
+    def stage_kind(self, stage: str) -> Literal["phase", "merge", "sft", "grpo", "export"]:
         if stage in self.phase:
             return "phase"
         if stage in self.merge:
             return "merge"
         if stage in self.sft:
             return "sft"
+        if stage in self.grpo:
+            return "grpo"
         if stage in self.export:
             return "export"
         raise RecipeError(f"no stage '{stage}' in this recipe; stages: {', '.join(self.stages)}")

@@ -66,6 +66,10 @@ def run_stage(folder: Path, stage: str) -> int:
         from training.sft import run_sft
 
         return run_sft(recipe, stage, run_dir)
+    if kind == "grpo":
+        from training.rl.stage import run_grpo
+
+        return run_grpo(recipe, stage, run_dir)
     from training import finish
 
     try:

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from training.rl.trainer import RewardFunction
 
 RESULT = "result.json"
+HandOff = Callable[[list[Any]], None]
+"""Called with the model's chunks; collective."""
 REFUSALS = (RecipeError, DataError, PromptError, Refused)
 
 
@@ -113,21 +116,45 @@ def run_stage(stage_dir: Path, reward: RewardFunction | None = None) -> int:
     else:
         if reward is not None:
             raise ValueError("a reward function cannot be handed to ranks that torchrun starts; put a reward plan into the job")
-        program = ["-m", "training.rl.grpo", "--stage-dir", str(stage_dir), "--rank"]
+        program = ["-m", "training.rl.grpo", "--stage-dir", str(stage_dir), "--rank", *load_arguments(load)]
         code = stage.torchrun(job.parallel.gpus, "parallel.gpus", program, stage_dir=stage_dir, grace_seconds=None)
     if code != FINISHED:
         return code
     return FINISHED if (stage_dir / RESULT).exists() else REQUEUE
 
 
-def run_rank(job: Job, stage_dir: Path, load: Load | None, inputs: Inputs, reward: RewardFunction | None) -> int:
-    """One rank; the process environment holds RANK, WORLD_SIZE and the rendezvous. Returns an exit code."""
+def load_arguments(load: Load | None) -> list[str]:
+    """What a rank that torchrun starts is told of where it begins."""
+    if load is None:
+        return []
+    return ["--load", json.dumps({"checkpoints": str(load.checkpoints), "step": load.step, "resume": load.resume})]
+
+
+def parse_load(text: str | None) -> Load | None:
+    if text is None:
+        return None
+    values = json.loads(text)
+    return Load(checkpoints=Path(values["checkpoints"]), step=values["step"], resume=values["resume"])
+
+
+def run_rank(
+    job: Job,
+    stage_dir: Path,
+    load: Load | None,
+    inputs: Inputs,
+    reward: RewardFunction | None,
+    hand_off: HandOff | None = None,
+) -> int:
+    """One rank; the process environment holds RANK, WORLD_SIZE and the rendezvous. Returns an exit code.
+
+    `hand_off` is called on every rank after the last checkpoint is saved; None: `result.json` is all that is left.
+    """
     stacks.separate_rank(stage_dir, int(os.environ["RANK"]))
     witness = disk.Witness()
 
     def main() -> int:
         try:
-            return _run_rank(job, stage_dir, load, inputs, reward)
+            return _run_rank(job, stage_dir, load, inputs, reward, hand_off)
         except BaseException as error:  # torch's CheckpointException is no Exception
             if not (witness.seen or disk.is_full(error, stage_dir)):
                 raise
@@ -138,7 +165,14 @@ def run_rank(job: Job, stage_dir: Path, load: Load | None, inputs: Inputs, rewar
     return rank_end.recorded(stage_dir, main)
 
 
-def _run_rank(job: Job, stage_dir: Path, load: Load | None, inputs: Inputs, reward: RewardFunction | None) -> int:
+def _run_rank(
+    job: Job,
+    stage_dir: Path,
+    load: Load | None,
+    inputs: Inputs,
+    reward: RewardFunction | None,
+    hand_off: HandOff | None,
+) -> int:
     from training.pretrain import import_megatron_on
 
     import_megatron_on(job.gpu)
@@ -239,6 +273,8 @@ def _set_up(job: Job, stage_dir: Path, load: Load | None, eod_id: int) -> tuple[
         # Counted in samples: sequences have no fixed length here.
         scheduler = TokenScheduler(optimizer, learning_rate, seq_length_tokens=1, weight_decay=args.weight_decay)
         scheduler.ignore_stored_position = load is None or not load.resume
+        scheduler.mup_scaling = grpo.mup_scaling
+        scheduler.step(0)  # the rates that it has set already followed muP
         return scheduler
 
     upstream.get_optimizer_param_scheduler = build_scheduler
@@ -295,14 +331,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--stage-dir", type=Path, required=True, help="folder of the stage; holds job.json")
     parser.add_argument("--rank", action="store_true", help="be one rank (torchrun starts it)")
+    parser.add_argument("--load", help="JSON of a rank: checkpoints, step, resume")
     options = parser.parse_args(argv)
     if not options.rank:
         stacks.on_request()
         return run_stage(options.stage_dir)
     stage_dir = options.stage_dir.resolve()
     job = Job.read(stage_dir / "job.json")
-    inputs = read_inputs(job)
-    return run_rank(job, stage_dir, decide(job, stage_dir, inputs.digest), inputs, None)
+    return run_rank(job, stage_dir, parse_load(options.load), read_inputs(job), None)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from data_prep.files import digest_of, write_json
+from recipes.grpo_stage import phase_of
+from recipes.job_options import Optimizer, Parallel, Precision
 from recipes.posttrain import Grpo
-from recipes.schema import Model, Optimizer, Parallel, Phase, Precision, RecipeError, Strict, describe
+from recipes.schema import Model, RecipeError, Strict, describe
 from training import arguments as pretraining
 from training.arguments import Load
 
@@ -81,6 +83,8 @@ class Job(Strict):
         """Raise RecipeError with everything that this trainer cannot do, each with a value that would pass."""
         grpo, layout = self.grpo, self.parallel
         problems = []
+        if grpo.rope_base is None:
+            problems.append("grpo.rope_base is null: outside a curriculum there is no phase before; give the model's")
         if layout.context > 1:
             problems.append(
                 f"parallel.context is {layout.context}: inference keeps whole sequences; set it to 1, use tensor parallelism"
@@ -116,20 +120,7 @@ class Job(Strict):
         """The exact Megatron arguments, with those of pre-training for model, layout, precision and optimizer."""
         grpo = self.grpo
         samples = grpo.steps * grpo.samples_per_step
-        phase = Phase(
-            title=grpo.title,
-            tokens=samples * grpo.seq_length_tokens,
-            steps=grpo.steps * grpo.optimizer_steps_per_rollout,
-            seq_length_tokens=grpo.seq_length_tokens,
-            rope_base=grpo.rope_base,
-            global_batch_samples=grpo.samples_per_optimizer_step,
-            mixture={"name": "rollouts", "shares_percent": {}},
-            schedule={"kind": "constant", "start_lr": grpo.learning_rate},
-            parallel=self.parallel,
-            precision=self.precision,
-            save_interval_steps=grpo.save_interval_steps,
-            keep_checkpoints=grpo.keep_checkpoints,
-        )
+        phase = phase_of(grpo, self.parallel, self.precision)
         arguments = [
             *pretraining._model(self.model, phase),
             *pretraining._layout(phase),

@@ -1,0 +1,107 @@
+"""A reinforcement-learning stage as the rest of a recipe sees it: a phase over rollouts; and its rules for the linter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from recipes.job_options import Optimizer, Parallel, Precision
+from recipes.lint_layout import phase_layout_rules
+from recipes.posttrain import Grpo
+from recipes.problem import Problem
+from recipes.schedules import previous_phase
+from recipes.schema import Mixture, Phase, Recipe, RecipeError, Schedule
+
+
+def settings(recipe: Recipe, stage: str) -> Grpo:
+    """The stage's settings, its RoPE base taken from the phase before where it has none; RecipeError without either."""
+    grpo = recipe.grpo[stage]
+    base = grpo.rope_base
+    if base is None:
+        before = previous_phase(recipe, stage)
+        if before is None:
+            raise RecipeError(f"grpo.{stage}.rope_base: no phase comes before that it could be taken from; give the model's")
+        base = recipe.phase[before].rope_base
+    return grpo.settings(base)
+
+
+def phase_of(grpo: Grpo, parallel: Parallel, precision: Precision, optimizer: Optimizer | None = None) -> Phase:
+    """What Megatron's arguments, the hand-off and the layout's rules take. tokens counts places, were all rollouts of full length."""
+    assert grpo.rope_base is not None, "resolved by settings"
+    steps = grpo.steps * grpo.optimizer_steps_per_rollout
+    return Phase(
+        title=grpo.title,
+        tokens=steps * grpo.samples_per_optimizer_step * grpo.seq_length_tokens,
+        steps=steps,
+        seq_length_tokens=grpo.seq_length_tokens,
+        rope_base=grpo.rope_base,
+        global_batch_samples=grpo.samples_per_optimizer_step,
+        mixture=Mixture(name="rollouts", shares_percent={}),
+        schedule=Schedule(kind="constant", start_lr=grpo.learning_rate, jump="reinforcement learning has a rate of its own"),
+        parallel=parallel,
+        precision=precision,
+        optimizer=optimizer,
+        save_interval_steps=grpo.save_interval_steps,
+        keep_checkpoints=grpo.keep_checkpoints,
+        exit_after_minutes=grpo.exit_after_minutes,
+    )
+
+
+def as_phase(recipe: Recipe, stage: str) -> Recipe:
+    """`recipe` with `stage` as a phase."""
+    own = recipe.grpo[stage]
+    phase = phase_of(settings(recipe, stage), own.parallel, own.precision, own.optimizer)
+    others = {name: s for name, s in recipe.grpo.items() if name != stage}
+    return recipe.model_copy(update={"phase": {**recipe.phase, stage: phase}, "grpo": others})
+
+
+def grpo_rules(recipe: Recipe, stage: str) -> Iterator[Problem]:
+    """What the linter refuses of a reinforcement-learning stage; the layout's other rules are those of a phase."""
+    key, grpo = f"grpo.{stage}", recipe.grpo[stage]
+    layout = grpo.parallel
+    if not grpo.prompts:
+        yield Problem(f"{key}.prompts", "[]", "there is nothing to answer", f"e.g. {key}.prompts=[data/prompts.jsonl]")
+    if not grpo.rewards:
+        yield Problem(
+            f"{key}.rewards",
+            "{}",
+            "nothing says what a good answer is",
+            f"give {key}.rewards.domains, see training/rewards/plan.py",
+        )
+    if layout.context > 1:
+        yield Problem(
+            f"{key}.parallel.context", layout.context, "inference keeps whole sequences", "1, with more tensor parallelism"
+        )
+    if layout.virtual_pipeline is not None:
+        yield Problem(
+            f"{key}.parallel.virtual_pipeline", layout.virtual_pipeline, "inference knows no interleaved schedule", "null"
+        )
+    if layout.overlap_param_gather:
+        yield Problem(
+            f"{key}.parallel.overlap_param_gather", True, "rollouts would read weights before they are gathered", "false"
+        )
+    if grpo.precision.fp8_param_gather:
+        yield Problem(
+            f"{key}.precision.fp8_param_gather", True, "the reference's weights are swapped in as they are saved", "false"
+        )
+    if layout.gpus % layout.model_parallel == 0:
+        dealt = layout.data * grpo.optimizer_steps_per_rollout
+        if grpo.prompts_per_step % dealt:
+            yield Problem(
+                f"{key}.prompts_per_step",
+                grpo.prompts_per_step,
+                f"{layout.data} data-parallel ranks x {grpo.optimizer_steps_per_rollout} optimizer steps do not divide it",
+                dealt * max(1, grpo.prompts_per_step // dealt),
+            )
+    try:
+        seen = as_phase(recipe, stage)
+    except RecipeError as error:
+        yield Problem(f"{key}.rope_base", "null", str(error), "the model's")
+        return
+    for problem in phase_layout_rules(seen, stage, seen.phase[stage]):
+        yield replace(problem, key=_own(problem.key, stage), rule=_own(problem.rule, stage), remedy=_own(problem.remedy, stage))
+
+
+def _own(text: str, stage: str) -> str:
+    """A message about the phase that stands for the stage, in the stage's own keys."""
+    return text.replace(f"phase.{stage}.", f"grpo.{stage}.").replace("global_batch_samples", "prompts_per_step")

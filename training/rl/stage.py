@@ -1,0 +1,184 @@
+"""The reinforcement-learning stage of a curriculum: the node's part (`run_grpo`, called by training.stage) and one rank's.
+
+What training.rl.grpo does for a job that stands alone, with what a chain adds: the model and the tokenizer come from the hand-off before,
+held-out losses are compared at the boundary, and a hand-off is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from data_prep.files import digest_of
+from data_prep.manifest import HeldoutManifest, heldout_path
+from recipes.grpo_stage import as_phase, settings
+from recipes.schema import Recipe, RecipeError
+from training import fast_import, pretrain
+from training.arguments import Load
+from training.exit_codes import FINISHED, REQUEUE
+from training.files import digest_folder, read_json_lines
+from training.handoff import Decision, Drawn, FileRecord, Handoff, Refused, decide, latest_step, write_start
+from training.metrics import MetricsLog
+from training.rl.grpo import REFUSALS, HandOff, Inputs, load_arguments, parse_load, read_inputs, run_rank
+from training.rl.job import RESUMABLE_CHANGES, Initial, Job
+from training.versions import versions
+
+
+def make_job(recipe: Recipe, stage: str, run_dir: Path) -> tuple[Job, Handoff]:
+    """The stage as a job, and the hand-off that it starts from; raises Refused or RecipeError."""
+    own = recipe.grpo[stage]
+    before = recipe.previous(stage)
+    if before is None:
+        raise RecipeError(
+            f"grpo stage '{stage}' is the first stage: there is no model to start from; put a phase or sft before it"
+        )
+    previous = Handoff.read(run_dir / "stages" / before)
+    if previous.checkpoint is None:
+        raise Refused(f"stage '{before}' is an export and leaves no checkpoint; put it after all stages")
+    checkpoint = run_dir / "stages" / before / previous.checkpoint
+    job = Job(
+        model=recipe.model,
+        grpo=settings(recipe, stage),
+        parallel=own.parallel,
+        precision=own.precision,
+        optimizer=own.optimizer or recipe.optimizer,
+        seed=recipe.seed,
+        gpu=recipe.cluster.gpu,
+        tokenizer=str((Path(recipe.data.root) / previous.tokenizer["path"]).resolve()),
+        prompts=own.prompts,
+        rewards=own.rewards,
+        initial=Initial(checkpoints=str(checkpoint.parent), step=int(checkpoint.name.removeprefix("iter_"))),
+    )
+    return job, previous
+
+
+def _resolve(recipe: Recipe, stage: str, run_dir: Path, job: Job, inputs: Inputs, *, verify_files: bool) -> Decision:
+    """First start, resume or finished, by the rules of all stages."""
+    data_digest = digest_of(
+        {
+            "prompts": inputs.prompts.digest,
+            "rewards": job.rewards,
+            "grpo": job.grpo.model_dump(mode="json", exclude=RESUMABLE_CHANGES),
+        }
+    )
+    seen = as_phase(recipe, stage)
+    return decide(seen, stage, run_dir, data_digest, inputs.tokenizer.digest, [], verify_files=verify_files)
+
+
+def run_grpo(recipe: Recipe, stage: str, run_dir: Path) -> int:
+    """First start, resume or refuse, then the ranks of this node; returns the exit code (see training.stage)."""
+    from training.stage import grace_seconds, refuse, run_forked, torchrun
+
+    stage_dir = run_dir / "stages" / stage
+    stage_dir.mkdir(parents=True, exist_ok=True)
+    first_node = os.environ.get("NODE_RANK", "0") == "0"  # one node of a job reads all files
+    began = time.monotonic()
+    try:
+        job, previous = make_job(recipe, stage, run_dir)
+        inputs = read_inputs(job)
+        decision = _resolve(recipe, stage, run_dir, job, inputs, verify_files=first_node)
+    except REFUSALS as error:
+        return refuse(error)
+    print(f"stage '{stage}': {decision.kind} ({decision.reason}), verified in {time.monotonic() - began:.1f} s", flush=True)
+    if decision.kind == "finished":
+        return FINISHED
+    grpo = job.grpo
+    print(
+        f"prompts: {len(inputs.prompts.items)}, {grpo.prompts_per_step} x {grpo.samples_per_prompt} samples a step, {grpo.steps} steps",
+        flush=True,
+    )
+    if decision.kind == "first_start":
+        write_start(stage_dir, decision)
+    pretrain.write_model_json(as_phase(recipe, stage), stage, stage_dir, previous.tokenizer)
+    job.write(stage_dir / "job.json")
+    if recipe.cluster.gpu == "cpu":
+        pretrain.import_megatron(recipe)
+        load, digest = decision.load, decision.training_digest
+        code = run_forked(job.parallel.gpus, lambda: rank(recipe, stage, run_dir, load, digest, job, inputs))
+    else:
+        program = ["-m", "training.rl.stage", "--run-dir", str(run_dir), "--stage", stage]
+        program += ["--training-digest", decision.training_digest, *load_arguments(decision.load)]
+        key = f"grpo.{stage}.parallel.gpus"
+        code = torchrun(job.parallel.gpus, key, program, stage_dir=stage_dir, grace_seconds=grace_seconds(recipe))
+    if code != FINISHED:
+        return code
+    return FINISHED if (stage_dir / "handoff.json").exists() else REQUEUE
+
+
+def rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, training_digest: str, job: Job, inputs: Inputs) -> int:
+    hand_off = _hand_off(recipe, stage, run_dir, job, training_digest)
+    return run_rank(job, run_dir / "stages" / stage, load, inputs, None, hand_off)
+
+
+def _hand_off(recipe: Recipe, stage: str, run_dir: Path, job: Job, training_digest: str) -> HandOff:
+    """A function that measures held-out losses on all ranks and writes handoff.json on the first."""
+
+    def hand_off(model: list[Any]) -> None:
+        import megatron.training.training as upstream
+        import torch
+
+        from training import heldout
+
+        stage_dir, data_root = run_dir / "stages" / stage, Path(recipe.data.root)
+        manifest = HeldoutManifest.read(heldout_path(data_root))
+        config = upstream.get_model_config(model[0])
+        losses = heldout.evaluate(model, config, manifest, data_root, recipe.data.heldout_batch_samples)
+        if torch.distributed.get_rank() != 0:
+            return
+        previous = Handoff.read(run_dir / "stages" / str(recipe.previous(stage)))
+        step = latest_step(stage_dir / "checkpoints")
+        if step != job.grpo.steps:
+            raise RuntimeError(
+                f"{stage_dir}: the last checkpoint is of step {step}, the stage has {job.grpo.steps}; no hand-off is written"
+            )
+        last = read_json_lines(stage_dir / "metrics.jsonl")[-1]
+        MetricsLog(stage_dir).append_heldout(when="end", step=step, total_tokens=previous.total_tokens, losses=losses)
+        checkpoint = f"checkpoints/iter_{step:07d}"
+        drawn = {"rollouts": Drawn(samples=job.grpo.steps * job.grpo.samples_per_step, tokens=last["stage_tokens"])}
+        previous.model_copy(
+            update={
+                "stage": stage,
+                "kind": "grpo",
+                "step": step,
+                "stage_tokens": last["stage_tokens"],
+                "checkpoint": checkpoint,
+                "checkpoint_files": {k: FileRecord.model_validate(v) for k, v in digest_folder(stage_dir / checkpoint).items()},
+                "recipe_digest": recipe.digest(),
+                "training_digest": training_digest,
+                "data_digest": None,
+                "ledger": previous.ledger | {stage: drawn},
+                "layout": job.parallel.model_dump(mode="json"),
+                "rope_base": job.grpo.rope_base,
+                "seq_length_tokens": job.grpo.seq_length_tokens,
+                "final_loss": last["loss"],
+                "heldout": losses,
+                "heldout_bound": None,
+                "heldout_answers": None,
+                "heldout_digest": manifest.digest,
+                "versions": versions(),
+            }
+        ).write(stage_dir)
+
+    return hand_off
+
+
+def main(argv: list[str] | None = None) -> int:
+    """A rank under torchrun."""
+    parser = argparse.ArgumentParser(prog="python -m training.rl.stage", description=__doc__)
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--stage", required=True)
+    parser.add_argument("--training-digest", required=True)
+    parser.add_argument("--load", help="JSON: checkpoints, step, resume")
+    options = parser.parse_args(argv)
+    recipe = Recipe.read(options.run_dir / "recipe.json")
+    job, _ = make_job(recipe, options.stage, options.run_dir)
+    inputs = read_inputs(job)
+    return rank(recipe, options.stage, options.run_dir, parse_load(options.load), options.training_digest, job, inputs)
+
+
+if __name__ == "__main__":
+    # Without the interpreter's teardown: NCCL and loader threads can hang in it long after the work is done.
+    fast_import.leave(main())
