@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from launchers.status import RUNS_ROOT
     from recipes.compose import compose
     from recipes.lint import check
+    from recipes.logging_options import missing_package
     from recipes.schema import Recipe
 
     folder = None
@@ -80,6 +81,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         recipe = compose(args.overrides, config_dirs=args.config_dir)
     check(recipe)
+    # Elsewhere the nodes have a Python of their own: the job refuses.
+    if recipe.cluster.kind == "local" and (missing := missing_package(recipe.logging)):
+        raise LaunchError(missing)
     launch = Launch(
         recipe=recipe,
         run_name=args.run_name,

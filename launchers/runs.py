@@ -21,7 +21,7 @@ from recipes.schema import Recipe
 HANDOFF_FORMAT = "quarry.handoff/1"
 
 # Changes that cannot alter what a finished stage has learned, whatever stage they are made in.
-HARMLESS_KEYS = ("cluster", "extra")
+HARMLESS_KEYS = ("cluster", "logging", "extra")
 
 
 @dataclass(frozen=True)

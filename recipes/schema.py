@@ -21,6 +21,7 @@ from pydantic import ValidationError, model_validator
 from recipes.cleaning import Cleaning
 from recipes.fields import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict
 from recipes.job_options import Optimizer, Parallel, Precision
+from recipes.logging_options import Logging
 from recipes.posttrain import GrpoStage
 from recipes.sft_options import Sft
 
@@ -236,6 +237,7 @@ class Recipe(Strict):
     optimizer: Optimizer
     data: Data
     cluster: Cluster
+    logging: Logging = Logging()
     extra: dict[str, Any] = {}
     """Free-form values that a team adds (`+extra.owner=me`); Quarry records and ignores them."""
 
@@ -244,10 +246,14 @@ class Recipe(Strict):
         known = [*self.phase, *self.merge, *self.sft, *self.grpo, *self.export]
         for name in known:
             if known.count(name) > 1:
-                raise ValueError(f"stage '{name}' is defined twice, under two of phase, merge, sft, grpo and export; rename one")
+                raise ValueError(
+                    f"stage '{name}' is defined twice, under two of phase, merge, sft, grpo and export; rename one"
+                )
         for stage in self.stages:
             if stage not in known:
-                raise ValueError(f"stages names '{stage}', which is no phase, merge, sft, grpo or export; known: {', '.join(known)}")
+                raise ValueError(
+                    f"stages names '{stage}', which is no phase, merge, sft, grpo or export; known: {', '.join(known)}"
+                )
         if len(set(self.stages)) != len(self.stages):
             raise ValueError("stages names a stage twice; give the second run of a phase its own name")
         return self

@@ -11,13 +11,11 @@ takes 0.03 s to import, torch.utils.tensorboard 0.2 s.
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 import struct
 import time
 from pathlib import Path
-from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -39,10 +37,10 @@ class EventFile:
         self._write(Event(wall_time=now, step=first_step, file_version="brain.Event:2"))
         self._write(Event(wall_time=now, step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
-    def add(self, step: int, values: dict[str, Any]) -> None:
-        """One point per value that is a number; a value below a name (a dict of numbers) becomes name/key. Stored as float32."""
+    def add(self, step: int, values: dict[str, float]) -> None:
+        """One point per tag, stored as float32."""
         summary = Summary()
-        for tag, number in numbers(values).items():
+        for tag, number in values.items():
             summary.value.add(tag=tag, simple_value=number)
         if summary.value:
             self._write(Event(wall_time=time.time(), step=step, summary=summary))
@@ -56,17 +54,6 @@ class EventFile:
         record = length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))
         self._file.write(record)
         self._file.flush()
-
-
-def numbers(values: dict[str, Any]) -> dict[str, float]:
-    """The finite and infinite numbers of a line of metrics.jsonl or heldout.jsonl, by tag: {"losses": {"web": 2.0}} -> {"losses/web": 2.0}."""
-    found: dict[str, float] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found |= {f"{key}/{name}": number for name, number in numbers(value).items()}
-        elif isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value):
-            found[key] = float(value)
-    return found
 
 
 def _crc32c_table() -> list[int]:

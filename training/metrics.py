@@ -6,6 +6,7 @@ TensorBoard gets the same numbers at the same time (training/event_files.py).
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from training.event_files import EventFile
 
 NO_CURVES = ("step", "time")
-"""Keys of a line that are no values of their own in TensorBoard."""
+"""Keys of a line that are no curves of their own."""
 
 
 class MetricsLog:
@@ -60,16 +61,31 @@ class MetricsLog:
 
     def append_step(self, **values: Any) -> None:
         self._append(self.metrics, values)
-        if self._events is not None:
-            self._events.add(values["step"], {key: value for key, value in values.items() if key not in NO_CURVES})
 
     def append_heldout(self, **values: Any) -> None:
         self._append(self.heldout, values)
-        if self._events is not None:
-            losses = {key: value for key, value in values.items() if isinstance(value, dict)}
-            self._events.add(values["step"], {"heldout": losses.pop("losses", {}), **losses})
 
     def _append(self, path: Path, values: dict[str, Any]) -> None:
         # One write call per line: a reader never sees two halves from different steps.
         with open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps(values) + "\n")
+        if self._events is not None:
+            found = curves(values)
+            if path is self.heldout:
+                found.pop("total_tokens", None)  # the same step's metrics have it already
+            self._events.add(values["step"], found)
+
+
+def curves(line: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a line of either log by the names of their curves: {"step": 8, "losses": {"web": 2.0}} -> {"heldout/web": 2.0}.
+
+    What is not a number or NaN is left out.
+    """
+    found: dict[str, float] = {}
+    for key, value in line.items():
+        if isinstance(value, dict):
+            name = "heldout" if key == "losses" else key
+            found |= {f"{name}/{inner}": number for inner, number in curves(value).items()}
+        elif key not in NO_CURVES and isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value):
+            found[key] = float(value)
+    return found

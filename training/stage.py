@@ -25,7 +25,7 @@ from types import FrameType
 
 from recipes.schema import Recipe, RecipeError
 from recipes.slurm_options import slurm_options
-from training import disk, fast_import, stacks
+from training import disk, fast_import, stacks, wandb_log
 from training.exit_codes import DISK_FULL, FINISHED, REFUSED, REQUEUE
 
 # After the first rank died the others wait in a collective for it; gloo notices in milliseconds, so this is generous.
@@ -55,11 +55,20 @@ def main(argv: list[str] | None = None) -> int:
 def run_stage(folder: Path, stage: str) -> int:
     try:
         recipe = Recipe.read(folder / "recipe.json")
-        kind = recipe.stage_kind(stage)
+        recipe.stage_kind(stage)
+        wandb_log.check(recipe)
     except RecipeError as error:
         return refuse(error)
     os.environ.setdefault("OMP_NUM_THREADS", str(recipe.cluster.threads_per_rank))
     run_dir = folder.resolve()
+    code = _run_kind(recipe, stage, run_dir)
+    if os.environ.get("NODE_RANK", "0") == "0":
+        wandb_log.after_attempt(recipe, stage, run_dir)
+    return code
+
+
+def _run_kind(recipe: Recipe, stage: str, run_dir: Path) -> int:
+    kind = recipe.stage_kind(stage)
     if kind == "phase":
         return run_phase(recipe, stage, run_dir)
     if kind == "sft":
