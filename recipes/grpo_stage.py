@@ -91,7 +91,14 @@ def grpo_rules(recipe: Recipe, stage: str) -> Iterator[Problem]:
                 f"{key}.prompts_per_step",
                 grpo.prompts_per_step,
                 f"{layout.data} data-parallel ranks x {grpo.optimizer_steps_per_rollout} optimizer steps do not divide it",
-                dealt * max(1, grpo.prompts_per_step // dealt),
+                f"e.g. {dealt * max(1, grpo.prompts_per_step // dealt)}",
+            )
+        elif grpo.samples_per_optimizer_step % (layout.data * layout.micro_batch_samples):
+            yield Problem(
+                f"{key}.parallel.micro_batch_samples",
+                layout.micro_batch_samples,
+                f"x {layout.data} data-parallel ranks does not divide the {grpo.samples_per_optimizer_step} samples of an optimizer step",
+                "e.g. 1",
             )
     try:
         seen = as_phase(recipe, stage)
@@ -99,9 +106,11 @@ def grpo_rules(recipe: Recipe, stage: str) -> Iterator[Problem]:
         yield Problem(f"{key}.rope_base", "null", str(error), "the model's")
         return
     for problem in phase_layout_rules(seen, stage, seen.phase[stage]):
+        if problem.key.endswith("global_batch_samples"):
+            continue  # said above, in prompts and samples
         yield replace(problem, key=_own(problem.key, stage), rule=_own(problem.rule, stage), remedy=_own(problem.remedy, stage))
 
 
 def _own(text: str, stage: str) -> str:
     """A message about the phase that stands for the stage, in the stage's own keys."""
-    return text.replace(f"phase.{stage}.", f"grpo.{stage}.").replace("global_batch_samples", "prompts_per_step")
+    return text.replace(f"phase.{stage}.", f"grpo.{stage}.")

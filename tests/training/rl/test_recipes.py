@@ -61,7 +61,7 @@ def test_megatron_arguments_of_a_published_stage(tmp_path, gpu):
     phase = recipe.phase["foundation"]
     job = Job(
         model=recipe.model,
-        grpo=Grpo.model_validate(load("grpo_math")),
+        grpo=Grpo.model_validate(load("grpo_math") | {"rope_base": 10e6}),
         parallel=phase.parallel.model_copy(update={"gpus": 64, "overlap_param_gather": False}),
         precision=phase.precision,
         optimizer=recipe.optimizer,
@@ -85,3 +85,50 @@ def test_megatron_arguments_of_a_published_stage(tmp_path, gpu):
     assert "--finetune" in arguments
     assert given["--transformer-impl"] == ("local" if gpu == "cpu" else "transformer_engine")
     assert "--finetune" not in job.compile(tmp_path, Load(checkpoints=tmp_path, step=5, resume=True))
+
+
+CURRICULUM = [
+    "curriculum=smoke",
+    "stages=[foundation,math]",
+    "+posttrain@grpo.math=grpo_math",
+    "+parallel@grpo.math.parallel=tp2_sp",
+    "+precision@grpo.math.precision=fp32",
+    "grpo.math.parallel.micro_batch_samples=8",
+    "+grpo.math.prompts=[math.jsonl]",
+    "+grpo.math.rewards={domains: {math: {parts: [{reward: math}]}}}",
+    "grpo.math.seq_length_tokens=128",
+    "grpo.math.rollout.max_response_tokens=96",
+]
+
+
+def test_a_curriculum_with_a_stage_of_reinforcement_learning():
+    from recipes.lint import lint
+    from recipes.plan import print_plan
+
+    recipe = compose(CURRICULUM)
+    assert recipe.stage_kind("math") == "grpo"
+    assert lint(recipe) == []
+    from rich.console import Console
+
+    console = Console(width=200, record=True)
+    print_plan(recipe, console)
+    text = console.export_text()
+    assert "64 prompts" in text
+    assert "rollouts (megatron)" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "rule"),
+    [
+        ("grpo.math.prompts=[]", "grpo.math.prompts", "there is nothing to answer"),
+        ("grpo.math.parallel.context=2", "grpo.math.parallel.context", "inference keeps whole sequences"),
+        ("grpo.math.parallel.overlap_param_gather=true", "grpo.math.parallel.overlap_param_gather", "rollouts would read weights"),
+        ("grpo.math.parallel.gpus=6", "grpo.math.prompts_per_step", "3 data-parallel ranks x 1 optimizer steps do not divide it"),
+        ("grpo.math.parallel.micro_batch_samples=7", "grpo.math.parallel.micro_batch_samples", "does not divide the 1024"),
+    ],
+)  # fmt: skip
+def test_the_linter_refuses(override, key, rule):
+    from recipes.lint import lint
+
+    problems = lint(compose([*CURRICULUM, override]))
+    assert any(p.key == key and rule in p.rule for p in problems), [str(p) for p in problems]
