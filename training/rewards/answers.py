@@ -7,43 +7,45 @@ from typing import Literal
 
 Place = Literal["boxed", "tag", "boxed_or_tag", "any"]
 
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+# Each part is read once: a model that repeats '\\boxed{' ten thousand times must cost no more than one that does not.
+# Escaped braces are text; a double backslash is a line break, except where somebody has escaped the \\boxed itself.
+_PARTS = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\\\(?!boxed|fbox)|\\[{}]|(?P<open>\{)|(?P<close>\})")
+_TAGS = re.compile(r"<(/?)answer>", re.IGNORECASE)
 
 
 def boxed(text: str) -> list[str]:
     """Contents of every \\boxed{...} that is closed, in order; an outer box hides those inside it."""
-    found = []
-    position = 0
-    while match := _BOXED.search(text, position):
-        end = _closing_brace(text, match.end())
-        if end is None:
-            # Cut off inside the braces. What follows may still hold a whole one: a stray '\boxed{' early on must not hide the answer.
-            position = match.end()
-            continue
-        found.append(text[match.end() : end].strip())
-        position = end + 1
-    return found
-
-
-def _closing_brace(text: str, start: int) -> int | None:
-    depth = 1
-    position = start
-    while position < len(text):
-        character = text[position]
-        if character == "\\":
-            position += 2  # \{ and \} are text
-            continue
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return position
-        position += 1
-    return None
+    spans = []
+    braces: list[int | None] = []  # of each open brace where its box's content begins, None for one that is no box's
+    for part in _PARTS.finditer(text):
+        if part["box"]:
+            braces.append(part.end())
+        elif part["open"]:
+            braces.append(None)
+        elif part["close"] and braces and (start := braces.pop()) is not None:
+            spans.append((start, part.start()))
+    outer: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if not outer or start > outer[-1][1]:
+            outer.append((start, end))
+    return [text[start:end].strip() for start, end in outer]
 
 
 def tagged(text: str) -> list[str]:
-    """Contents of every <answer>...</answer>, in order."""
-    return [m.strip() for m in _TAG.findall(text)]
+    """Contents of every <answer>...</answer>, in order; a tag that is opened again before it is closed begins anew."""
+    return [text[start:end].strip() for start, end in _tag_spans(text)]
+
+
+def _tag_spans(text: str) -> list[tuple[int, int]]:
+    spans = []
+    start = None
+    for tag in _TAGS.finditer(text):
+        if not tag[1]:
+            start = tag.end()
+        elif start is not None:
+            spans.append((start, tag.start()))
+            start = None
+    return spans
 
 
 def final_answer(text: str, place: Place) -> str | None:
@@ -58,12 +60,12 @@ def final_answer(text: str, place: Place) -> str | None:
     if place == "boxed":
         boxes = boxed(text)
         return boxes[-1] if boxes else None
-    end_of_tag = max((m.end() for m in _TAG.finditer(text)), default=-1)
-    boxes_behind = boxed(text[end_of_tag:]) if end_of_tag >= 0 else boxed(text)
+    spans = _tag_spans(text)
+    boxes_behind = boxed(text[spans[-1][1] :] if spans else text)
     if boxes_behind:
         return boxes_behind[-1]
-    if end_of_tag >= 0:
-        inside = tagged(text)[-1]
+    if spans:
+        inside = text[slice(*spans[-1])].strip()
         boxes = boxed(inside)
         return boxes[-1] if boxes else inside
     if place == "any" and text.strip():

@@ -137,8 +137,11 @@ class WorkerPool:
         try:
             while todo or any(w.job is not None for w in self._workers):
                 for worker in self._workers:
-                    if worker.ready and worker.job is None and todo:
-                        self._give(worker, todo.popleft(), jobs)
+                    # One that died after its last answer has lost no sample: its successor gets this one.
+                    if worker.ready and worker.job is None and todo and not self._give(worker, todo.popleft(), jobs):
+                        todo.appendleft(worker.job)
+                        worker.job = None
+                        self._replace(worker, "", 0)
                 busy = [w for w in self._workers if w.job is not None or not w.ready]
                 ready: list[Any] = wait([w.connection for w in busy], LOOK_SECONDS)
                 for worker in busy:
@@ -172,13 +175,15 @@ class WorkerPool:
         assert all(score is not None for score in scores)
         return scores  # type: ignore[return-value]
 
-    def _give(self, worker: _Worker, number: int, jobs: Sequence[Job]) -> None:
+    def _give(self, worker: _Worker, number: int, jobs: Sequence[Job]) -> bool:
         key, sample = jobs[number]
         worker.job = number
         worker.deadline = time.monotonic() + self._limits[key] + KILL_GRACE_SECONDS
-        # A worker that has died since its last answer is found by the loop, as one that dies over this job.
-        with contextlib.suppress(OSError):
+        try:
             worker.connection.send_bytes(json.dumps({"key": key, "sample": sample.model_dump(mode="json")}).encode())
+        except OSError:
+            return False
+        return True
 
     def _lost(self, worker: _Worker, jobs: Sequence[Job], late: bool) -> Score:
         assert worker.job is not None

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any, Literal
 
 from pydantic import Field, JsonValue
 
 from training.rewards.base import Options, Reward, RewardError, Sample, Score, need, shorten
-
-_FENCE = re.compile(r"\A\s*```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```\s*\Z", re.DOTALL)
 
 
 class StructuredOptions(Options):
@@ -40,13 +37,13 @@ class StructuredOutput(Reward):
         schema, expected = self._read(sample.reference)
         validator = self._validator(schema)
         text = sample.completion
-        fence = _FENCE.match(text)
-        if fence and self.options.code_fence == "forbid":
+        fenced = unfence(text)
+        if fenced is not None and self.options.code_fence == "forbid":
             return Score(value=0.0, reason="a code fence, which this task forbids")
-        if not fence and self.options.code_fence == "require":
+        if fenced is None and self.options.code_fence == "require":
             return Score(value=0.0, reason="no code fence around the whole answer")
         try:
-            value = strict_json(fence.group(1) if fence else text)
+            value = strict_json(text if fenced is None else fenced)
         except (ValueError, RecursionError) as error:
             return Score(value=0.0, reason=shorten(f"not JSON: {error}", 200))
         first = next(iter(sorted(validator.iter_errors(value), key=lambda e: [str(p) for p in e.absolute_path])), None)
@@ -83,6 +80,15 @@ class StructuredOutput(Reward):
             raise RewardError(f"reward 'json_schema': not a valid schema at {error.json_path}: {error.message}") from None
         # An empty registry: a $ref to an address is an error instead of a download.
         return kind(schema, registry=need("referencing", "json_schema").Registry(), format_checker=kind.FORMAT_CHECKER)
+
+
+def unfence(text: str) -> str | None:
+    """What stands inside of the one ``` or ```json fence that all of the text is, or None."""
+    text = text.strip()
+    if len(text) < 6 or not (text.startswith("```") and text.endswith("```")):
+        return None
+    language, _, inside = text[3:-3].partition("\n")
+    return inside if language.strip().lower() in ("", "json") else None
 
 
 def strict_json(text: str) -> Any:

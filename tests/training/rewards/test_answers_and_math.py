@@ -1,5 +1,6 @@
 """Where the final answer is, and when it is equal to the reference."""
 
+import time
 from fractions import Fraction
 
 import pytest
@@ -23,6 +24,8 @@ from training.rewards.math_answer import MathAnswer, MathOptions
         (r"\boxed{never closed ... so \boxed{5}", ["5"]),
         (r"\fbox{7}", ["7"]),
         ("boxed{1}", []),
+        (r"\\boxed{1} \\\boxed{2} \\{ \boxed{3}", ["1", "2", "3"]),
+        (r"} \boxed{1} { \boxed{2}", ["1", "2"]),
     ],
 )
 def test_boxed(text, found):
@@ -34,6 +37,7 @@ def test_boxed(text, found):
     [
         (r"\boxed{6} no wait \boxed{5}", "boxed", "5"),
         ("<answer>1</answer> or <answer> 2 </answer>", "tag", "2"),
+        ("<answer>hm, <ANSWER>2</Answer></answer>", "tag", "2"),
         (r"<answer>1</answer> so \boxed{2}", "boxed_or_tag", "2"),
         (r"\boxed{2} so <answer>1</answer>", "boxed_or_tag", "1"),
         (r"<answer>it is \boxed{3}.</answer>", "boxed_or_tag", "3"),
@@ -62,6 +66,13 @@ def test_final_answer_is_part_of_the_text(text, place):
 )
 def test_balanced_text_comes_out_of_its_box_whole(text):
     assert boxed(rf"a \boxed{{{text}}} b") == [text.strip()]
+
+
+@pytest.mark.parametrize("unit", [r"\boxed{", "<answer>", "{", "}", "\\", "</answer>", r"\boxed{x}", "<answer>x</answer>"])
+def test_repetition_costs_no_more_than_its_length(unit):
+    begun = time.process_time()
+    final_answer(unit * 20_000, "any")
+    assert time.process_time() - begun < 1
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,15 @@
 """python -m training.rewards: the list, a check, and a file of samples scored."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
+import yaml
 
+from training.rewards import RewardPlan
 from training.rewards.__main__ import main
+from training.rewards.code_execution import TESTS
 from training.rewards.registry import REWARDS
 
 
@@ -64,3 +69,10 @@ def test_a_bad_line_leaves_no_half_output(capsys, tmp_path):
     assert code == 2
     assert f"{samples}, line 2: completion: Input should be a valid string" in err
     assert list(tmp_path.iterdir()) == [samples]
+
+
+def test_the_documents_examples_are_valid():
+    text = (Path(__file__).parents[3] / "docs" / "rewards.md").read_text()
+    plan = RewardPlan.parse(yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL).group(1)))
+    assert set(plan.domains) == {"math", "code", "chat", "*"}
+    assert len(TESTS.validate_json(re.search(r"```json\n(.*?)```", text, re.DOTALL).group(1))) == 3

@@ -1,5 +1,7 @@
 """Checkable instructions: each kind by example and by property, strict and loose, and beside lm-eval's where that is installed."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -176,6 +178,18 @@ def test_bounds(count, bound):
     text = " ".join(["w"] * count)
     assert constraint("words", at_least=bound).met(text) == (count >= bound)
     assert constraint("words", at_most=bound).met(text) == (count <= bound)
+
+
+@pytest.mark.parametrize(
+    "unit", ["\n", " ", "*", "**a", "* a ", "Mr. ", "[", "<<", "```json ", "1. ", "- ", "P.S.", "\n \t", "Section 1", '"', "."]
+)
+def test_repetition_costs_no_more_than_its_length(unit):
+    # What a model writes in a loop; squared, any of these would take minutes.
+    text = unit * (20_000 // len(unit)) + "x"
+    for kind, arguments, *_ in EXAMPLES:
+        begun = time.process_time()
+        constraint(kind, **arguments).met(text)
+        assert time.process_time() - begun < 1, kind
 
 
 # lm-eval's name, its arguments, ours. "less than n" there is "at most n - 1" here.

@@ -67,6 +67,15 @@ def test_what_goes_wrong_is_one_failed_score(pool, order, reason, restarts):
     assert pool.restarts == before + restarts
 
 
+def test_a_worker_that_died_between_two_batches_costs_no_sample(pool):
+    before = pool.restarts
+    for worker in pool._workers:
+        worker.process.kill()
+        worker.process.wait()
+    assert [s.value for s in pool.score(jobs("value 0.25", "value 0.5", "value 1"))] == [0.25, 0.5, 1.0]
+    assert pool.restarts == before + 2
+
+
 def test_unknown_key_is_refused(pool):
     with pytest.raises(RewardError, match="no reward has the key 'two'; known: one, brief"):
         pool.score([("two", Sample(completion=""))])
