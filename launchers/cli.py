@@ -16,6 +16,7 @@ COMMANDS = {
     "plan": ("launchers.plan_command", "show a curriculum as a table and a picture, or a stage's exact arguments"),
     "clean": ("launchers.clean_command", "clean the text that a curriculum needs, and say what went and why"),
     "tokenize": ("launchers.tokenize_command", "text files to one Megatron indexed data set"),
+    "judge": ("launchers.judge_command", "let rules and an LLM judge decide which samples are trained on"),
     "tokenizer": ("launchers.tokenizer_command", "train a tokenizer, or compare tokenizers on text"),
     "prep": ("launchers.prep_command", "prepare the data that a curriculum needs"),
     "verify": ("launchers.verify_command", "check prepared data to the last byte"),

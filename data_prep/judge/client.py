@@ -26,6 +26,7 @@ MAX_RESPONSE_BYTES = 4 << 20
 DETAIL_CHARACTERS = 200
 RETRIED_STATUS = frozenset({408, 409, 425, 429})
 """And all of 500 and above."""
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 FATAL_STATUS = frozenset({401, 403, 404, 405})
 """With redirects: a wrong key, address or model, which every further request would meet too."""
 
@@ -143,6 +144,7 @@ class Client:
             timeout=httpx.Timeout(self.timeout_seconds),
             verify=self._verify,
             follow_redirects=False,  # the key must not go elsewhere
+            trust_env=urlsplit(self.endpoint.url).hostname not in LOOPBACK,  # no proxy leads to this machine
         )
 
     async def ask(self, messages: list[dict[str, str]], rubric: Rubric) -> Reply:

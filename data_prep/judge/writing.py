@@ -18,6 +18,7 @@ from data_prep.judge.records import OUTCOME_OF, OUTCOMES, AuditLine, DimensionSc
 from data_prep.judge.samples import Line, Sample
 from data_prep.judge.verdict import judge
 from data_prep.progress import Progress
+from data_prep.text_files import MAX_BAD_FREE, MAX_BAD_PERCENT
 
 UNREADABLE_CHARACTERS = 1 << 20
 """Of a line that is no JSON object, in rejected.jsonl; the whole of it is where it was."""
@@ -189,6 +190,9 @@ def warnings_of(tally: Tally, given_up: str | None) -> list[str]:
     found = [f"the judge was given up: {given_up}"] if given_up else []
     if tally.outcomes["unjudged"]:
         found.append(f"{tally.outcomes['unjudged']} samples are unjudged; run the command again to ask about them")
+    no_samples = sum(sum(tally.steps.get(step, {}).values()) for step in ("readable", "schema"))
+    if no_samples > MAX_BAD_FREE and 100 * no_samples > MAX_BAD_PERCENT * tally.samples:
+        found.append(f"{no_samples} of {tally.samples} lines hold no sample of the right form: is this the right file?")
     for name, counts in tally.rubrics.items():
         if counts.judged >= CONSTANT_FROM_SAMPLES and len(counts.answers) == 1:
             found.append(
