@@ -124,8 +124,8 @@ def sft_rules(recipe: Recipe, stage: str) -> Iterator[Problem]:
     if later:
         rule = f"pre-training would go on after fine-tuning, with {', '.join(later)}"
         yield Problem("stages", f"[{', '.join(recipe.stages)}]", rule, f"put {stage} behind {later[-1]}")
-    if sft.rope_base is None and before is None:
-        return
+    if (sft.rope_base is None and before is None) or sft.end_lr > sft.peak_lr:
+        return  # no phase can be made of it; what its layout breaks is said once this is mended
     seen = as_phase(recipe, stage, sequences=sft.global_batch_sequences)
     for problem in phase_layout_rules(seen, stage, seen.phase[stage]):
         yield replace(problem, key=_own(problem.key, stage), rule=_own(problem.rule, stage), remedy=_own(problem.remedy, stage))
