@@ -33,7 +33,7 @@ class _Worker:
         # The child must find `training` before it has our sys.path.
         environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "training.rewards.worker", str(other.fileno())],
+            [sys.executable, "-P", "-m", "training.rewards.worker", str(other.fileno())],
             stdin=subprocess.DEVNULL,
             pass_fds=(other.fileno(),),
             start_new_session=True,

@@ -1,10 +1,11 @@
 """What several of these tests share."""
 
 import os
-import shutil
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from training.rewards import RewardError, sandbox
 
 # A busy machine says nothing about the code: no deadline, and slow drawing is no error.
 quick = settings(
@@ -13,9 +14,11 @@ quick = settings(
 
 
 def need_bubblewrap():
-    """Skip where there is no sandbox; in continuous integration that is a failure."""
-    if shutil.which("bwrap") is None:
-        reason = "bubblewrap is not installed: bash scripts/sandbox_packages.sh (apt-get install bubblewrap)"
+    """Skip where no sandbox can be made; in continuous integration that is a failure."""
+    try:
+        sandbox.check()
+    except RewardError as error:
+        reason = f"{error} (bash scripts/sandbox_packages.sh)"
         if os.environ.get("CI", "").lower() not in ("", "0", "false"):
             pytest.fail(reason)
         pytest.skip(reason)

@@ -1,9 +1,11 @@
 """The sandbox: what a hostile program tries, is stopped, and leaves nothing behind."""
 
+import contextlib
 import os
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -29,9 +31,9 @@ def _nothing_left():
     assert below() <= before
 
 
-def below():
-    """Processes that descend from this one."""
-    found, todo = set(), [os.getpid()]
+def below(pid=None):
+    """Processes that descend from `pid`, this one if None."""
+    found, todo = set(), [pid or os.getpid()]
     while todo:
         one = todo.pop()
         try:
@@ -204,6 +206,37 @@ print(dict(os.environ), os.getuid(), sorted(p for p in os.listdir("/proc") if p.
     assert "['0', '1', '2', '3']" in said  # 3 is listdir's own
     if os.geteuid() == 0:
         assert f" {sandbox.NOBODY} " in said
+
+
+def test_nothing_stays_when_its_worker_is_killed():
+    program = "import os, time\nfor _ in range(3): os.fork()\nprint(flush=True)\ntime.sleep(300)"
+    code = (
+        "import os, sys, threading, time\nfrom training.rewards import sandbox\n"
+        "limits = sandbox.Limits(wall_seconds=60)\n"
+        f"threading.Thread(target=sandbox.run_python, args=({program!r},), kwargs={{'limits': limits}}, daemon=True).start()\n"
+        "time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as worker:
+        inside = set()
+        while len(inside) < 10:  # setpriv's bwrap, the namespace's first process, eight of the program
+            assert worker.poll() is None
+            time.sleep(0.02)
+            inside = below(worker.pid)
+        worker.kill()
+    end = time.monotonic() + 20
+    while any(alive(pid) for pid in inside) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not [pid for pid in inside if alive(pid)]
+    for pid in inside:  # this process adopts orphans since its first sandbox
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_without_bubblewrap_nothing_runs(monkeypatch, tmp_path):
