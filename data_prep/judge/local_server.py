@@ -66,7 +66,7 @@ def local_server(slots: int = 2, threads: int | None = None) -> Iterator[str]:
     """
     weights()
     port = _free_port()
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or _threads()
     command = [sys.executable, "-m", "data_prep.judge.local_server", str(port), str(slots), str(threads)]
     path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryFile() as log:
@@ -84,6 +84,11 @@ def local_server(slots: int = 2, threads: int | None = None) -> Iterator[str]:
             yield f"http://{_LOCALHOST}:{port}/v1"
         finally:
             _stop(process)
+
+
+def _threads() -> int:
+    """Half of the cores: llama.cpp's threads spin while they wait for each other, so where other work runs one too many makes it crawl."""
+    return max(1, len(os.sched_getaffinity(0)) // 2)
 
 
 def _free_port() -> int:
@@ -143,4 +148,4 @@ def serve(port: int, slots: int, threads: int) -> None:
 
 if __name__ == "__main__":
     numbers = [int(word) for word in sys.argv[1:]]
-    serve(numbers[0], numbers[1] if len(numbers) > 1 else 2, numbers[2] if len(numbers) > 2 else len(os.sched_getaffinity(0)))
+    serve(numbers[0], numbers[1] if len(numbers) > 1 else 2, numbers[2] if len(numbers) > 2 else _threads())

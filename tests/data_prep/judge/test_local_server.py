@@ -11,7 +11,7 @@ import pytest
 
 from data_prep.errors import DataError
 from data_prep.judge import local_server
-from data_prep.judge.config import load_curation, load_rubric
+from data_prep.judge.config import load_rubric
 from data_prep.judge.verdict import parse_answer
 from tests.data_prep.judge.stub import read, sample, write_samples
 
@@ -46,7 +46,6 @@ def test_a_served_model_judges_by_schema_and_the_record_says_what_it_proves(tmp_
             "verdict": line["judge_verdict"],
         }
         assert parse_answer(json.dumps(said), rubric).scores == line["scores"]
-    assert load_curation("sft").sha256
 
 
 def test_what_is_missing_is_named_with_its_remedy(monkeypatch):
