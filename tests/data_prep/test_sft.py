@@ -15,6 +15,7 @@ from data_prep.manifest import TokenizerRecord
 from data_prep.sft import prepare_sft
 from data_prep.sft_manifest import PackedSequences, SampleStore, SftManifest, lay_out, manifest_path, packs_prefix
 from data_prep.sft_render import Renderer
+from data_prep.sft_samples import check
 from data_prep.tokenizer import write_hf_tokenizer
 from recipes.sft_options import Sft
 
@@ -259,3 +260,26 @@ def test_a_sequence_holds_its_samples_and_nothing_crosses_their_bounds(samples, 
     assert not laid["loss_mask"][used:].any()
     with pytest.raises(DataError, match="was given samples of"):
         lay_out([(np.zeros(33, np.int32), np.zeros(33, np.uint8))], 32, 1, 0)
+
+
+def test_parquet_rows_and_json_lines_are_the_same_samples(tmp_path):
+    """Arrow gives every key of a struct to every row, and some files hold messages as JSON text."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    samples = [question(number) for number in range(3)]
+    samples[0]["messages"][1]["tool_calls"] = [{"function": {"name": "add", "arguments": "{}"}}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    parquet.write_table(pyarrow.Table.from_pylist(samples), tmp_path / "a.parquet")
+    as_text = [{"messages": json.dumps(sample["messages"]), "id": sample["id"]} for sample in samples]
+    parquet.write_table(pyarrow.Table.from_pylist(as_text), tmp_path / "b.parquet")
+    lines = [value for _, value in sft_files.read_records(tmp_path / "a.jsonl")]
+    assert lines == samples
+    checked = [str(check(sample, None)) for sample in lines]
+    for name in ("a.parquet", "b.parquet"):
+        rows = list(sft_files.read_records(tmp_path / name))
+        assert [number for number, _ in rows] == [1, 2, 3]
+        assert [str(check(sample, None)) for _, sample in rows] == checked
+    (tmp_path / "broken.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
+    ((number, reason),) = sft_files.read_records(tmp_path / "broken.parquet")
+    assert (number, reason.kind) == (1, "damaged file")

@@ -14,11 +14,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from data_prep.sft import main as prepare_command
 from data_prep.sft_manifest import PackedSequences, SampleStore, SftManifest, manifest_path
 from model.convert import export
 from tests.training.sft_factory import make_data, make_recipe
 from training import cpu_backend
+from training import stage as stage_command
 from training.arguments import NOMINAL_LR
 
 cpu_backend.install()
@@ -213,3 +217,57 @@ def test_without_mup_scaling_every_group_has_the_recipes_rate():
     scheduler.mup_scaling = False
     scheduler.step(0)
     assert [group["lr"] for group in optimizer.param_groups] == [5e-6, 5e-6]
+
+
+@settings(deadline=None, max_examples=50)
+@given(sequences=st.integers(1, 20), epochs=st.integers(1, 4), batch=st.integers(1, 7), seed=st.integers(0, 99))
+def test_every_sequence_comes_once_per_epoch_and_the_rest_is_empty(sequences, epochs, batch, seed):
+    steps = -(-epochs * sequences // batch)
+    dataset = EpochDataset(range(sequences), seed=seed, epochs=epochs, length=steps * batch)
+    numbers = [dataset.number(index) for index in range(len(dataset))]
+    for epoch in range(epochs):
+        assert sorted(numbers[epoch * sequences : (epoch + 1) * sequences]) == list(range(sequences))
+    assert numbers[epochs * sequences :] == [None] * (steps * batch - epochs * sequences)
+    # the position says all: any one asked alone is the same
+    again = EpochDataset(range(sequences), seed=seed, epochs=epochs, length=steps * batch)
+    assert [again.number(index) for index in reversed(range(len(again)))] == numbers[::-1]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"seq_length_tokens": 256}, "prepared with seq_length_tokens 128, the recipe says 256"),
+    ({"too_long": "cut"}, "prepared with too_long refuse, the recipe says cut"),
+    ({"sources": {"other": {"paths": ["chat.jsonl"]}}}, r"prepared with sources \['chat'\], the recipe says \['other'\]"),
+    ({"parallel": {"name": "x", "gpus": 4, "context": 4}}, "multiples of 4 tokens, context parallelism of 4 cuts each into 8 pieces"),
+    ({"rope_base": 9e3}, "RoPE base falls from 10000"),
+    ({"peak_lr": 1e-5}, "but was trained with another recipe"),
+])  # fmt: skip
+def test_other_data_and_another_recipe_are_refused(runs, tmp_path, capsys, changes, message):
+    (tmp_path / "stages").mkdir()
+    os.symlink(runs["base"] / "stages" / "warm", tmp_path / "stages" / "warm")
+    if "peak_lr" in changes:
+        os.symlink(runs["single"] / "stages" / "sft", tmp_path / "stages" / "sft")
+    make_recipe(runs["root"], LAYOUTS["single"], **changes).write(tmp_path / "recipe.json")
+    assert stage_command.main(["--run-dir", str(tmp_path), "--stage", "sft"]) == 78
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_damaged_samples_are_refused_before_any_rank_starts(runs, tmp_path, capsys):
+    (tmp_path / "stages").mkdir()
+    os.symlink(runs["base"] / "stages" / "warm", tmp_path / "stages" / "warm")
+    make_recipe(runs["root"], LAYOUTS["single"]).write(tmp_path / "recipe.json")
+    path = next((runs["root"] / "data" / "sft" / "sft" / "samples").rglob("*.mask"))
+    whole = path.read_bytes()
+    path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    try:
+        assert stage_command.main(["--run-dir", str(tmp_path), "--stage", "sft"]) == 78
+    finally:
+        path.write_bytes(whole)
+    assert f"{path}: SHA-256" in capsys.readouterr().err
+
+
+def test_the_command_that_prepares_the_samples(runs, capsys):
+    recipe = str(runs["single"] / "recipe.json")
+    assert prepare_command(["--recipe", recipe, "--stage", "sft"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert prepare_command(["--recipe", recipe, "--stage", "unknown"]) == 78
+    assert "no stage 'unknown'" in capsys.readouterr().err
