@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from launchers import stage_job
 from launchers.errors import LaunchError
+from launchers.journal import Journal
 from launchers.slurm_script import SlurmScripts, nodes_of, options_of
 from recipes.compose import compose
 from recipes.schema import Recipe
@@ -98,28 +101,53 @@ def test_a_folder_that_a_shell_would_read_is_refused(name: str, nemo_run: object
 
 
 @pytest.mark.parametrize(
-    ("code", "restarts", "requeued"),
-    [(0, 0, False), (1, 0, False), (78, 0, False), (75, 0, True), (75, 3, True), (75, 200, False)],
+    ("code", "restarts", "reason", "requeued"),
+    [
+        (0, 0, "None", False),
+        (1, 0, "None", False),
+        (78, 0, "None", False),
+        (75, 0, "None", True),
+        (75, 3, "None", True),
+        (75, 200, "None", False),
+        # -1: Slurm ends the batch script while srun runs: at the time limit, or for scancel.
+        (-1, 0, "TimeLimit", True),
+        (-1, 200, "TimeLimit", False),
+        (-1, 0, "None", False),
+        (1, 0, "TimeLimit", False),
+    ],
 )
-def test_only_the_decided_exit_code_is_requeued(
-    code: int, restarts: int, requeued: bool, nemo_run: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_only_the_decided_exit_code_and_a_time_limit_are_requeued(
+    code: int, restarts: int, reason: str, requeued: bool, nemo_run: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Runs the generated script with stand-ins for srun and scontrol."""
+    """Runs the generated script with stand-ins for srun and scontrol; a failure that is not requeued is in the journal."""
     monkeypatch.chdir(tmp_path)
     recipe = compose([word for word in CLUSTER if "container" not in word])
     job = stage_job.data_job(recipe, tmp_path / "run")
     text = made(nemo_run, recipe, tmp_path).script(job, 1, None)
     tools = tmp_path / "tools"
     tools.mkdir()
-    (tools / "srun").write_text(f'#!/bin/bash\n[[ "$*" == *hostname* ]] && {{ echo 127.0.0.1; exit 0; }}\nexit {code}\n')
-    (tools / "scontrol").write_text(f'#!/bin/bash\n[ "$1" = requeue ] && echo "$2" > {tmp_path}/requeued\necho node1\n')
+    (tmp_path / "run").mkdir(exist_ok=True)
+    ends = f"exit {code}" if code >= 0 else "exec > /dev/null 2>&1; kill -TERM $PPID; sleep 2"
+    (tools / "srun").write_text(f'#!/bin/bash\n[[ "$*" == *hostname* ]] && {{ echo 127.0.0.1; exit 0; }}\n{ends}\n')
+    (tools / "scontrol").write_text(
+        f'#!/bin/bash\ncase $1:$2 in requeue:*) echo "$2" > {tmp_path}/requeued;; show:hostnames) echo node1;; '
+        f'show:job) printf "   JobState=COMPLETING Reason={reason}\\n   StdOut=/runs/x/out/a.txt\\n";; esac\n'
+    )
     for tool in tools.iterdir():
         tool.chmod(0o755)
     environment = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1"}
     environment |= {"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}
     done = subprocess.run(["bash"], input=text, text=True, env=environment, capture_output=True, check=False)
-    assert done.returncode == code
+    assert done.returncode == (code if code >= 0 else -signal.SIGTERM), done.stderr
     assert (tmp_path / "requeued").exists() is requeued
+    journal = Journal.read(tmp_path / "run" / "journal.jsonl").rows
+    if requeued or code == 0 or (code < 0 and reason == "None"):
+        assert journal == []
+    else:
+        (row,) = journal
+        assert datetime.fromisoformat(row.pop("time")).tzinfo is not None
+        expected = {"event": "job_failed", "stage": "data", "job": "7", "exit_code": code if code > 0 else 75}
+        assert row == {**expected, "output": "/runs/x/out"}
 
 
 def test_ports_stay_below_the_ephemeral_ones(nemo_run: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

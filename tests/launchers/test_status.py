@@ -156,3 +156,54 @@ def test_watch_of_a_run_that_nothing_brings_forward_ends_at_once(run: RunFolder,
     assert "waiting" in capsys.readouterr().out
     assert cli.main(["status", "--watch"]) == 2
     assert "name it" in capsys.readouterr().err
+
+
+def slurm_rows(run: RunFolder, *stages: str) -> Journal:
+    """Submitted by a process that lives on, as one that watches does."""
+    journal = Journal(run.journal)
+    journal.append("launch", pid=os.getpid(), process_started=started_at(os.getpid()), host=HOST, executor="slurm")
+    for number, stage in enumerate(stages):
+        journal.append("intent", stage=stage, attempt=1, executor="slurm")
+        journal.append("submitted", stage=stage, attempt=1, job=str(number), executor="slurm")
+    journal.append("end", exit_code=0, reason="submitted")
+    return journal
+
+
+def test_jobs_that_wait_in_slurm_are_not_running(run: RunFolder) -> None:
+    slurm_rows(run, "data", "a", "b")
+    assert states(run)["a"] == ("waiting", "Slurm job 1")
+
+
+def test_a_job_that_failed_before_it_was_ours_and_what_was_cancelled_behind_it(
+    run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No Python on the node: nothing but the batch script can say so, and nothing behind it will ever run."""
+    slurm_rows(run, "data", "a", "b").append("job_failed", stage="a", job="1", exit_code=2, output="/runs/x")
+    shown = states(run)
+    state, reason = shown["a"]
+    assert state == "failed"
+    assert "Slurm job 1 ended with exit code 2" in reason
+    assert "/runs/x" in reason
+    assert shown["b"] == ("waiting", "not started: Slurm cancelled job 2 when 'a' stopped")
+    assert cli.main(["status", str(run.path), "--watch"]) == 1, "and a watch ends"
+    assert "exit code 2" in capsys.readouterr().out
+
+
+def test_data_that_could_not_be_prepared_is_why_a_run_stands_still(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    journal = slurm_rows(run, "data", "a")
+    journal.append("outcome", stage="data", attempt=1, exit_code=78, reason="refused: no source", seconds=1.0)
+    journal.append("decision", stage="data", attempt=1, decision="stop", reason="refused")
+    journal.append("job_failed", stage="data", job="0", exit_code=78, output="/runs/x")
+    assert states(run)["a"] == ("waiting", "not started: Slurm cancelled job 1 when 'data' stopped")
+    assert cli.main(["status", str(run.path)]) == 1
+    assert "data: refused: no source" in capsys.readouterr().out
+    journal.append("intent", stage="data", attempt=2, executor="slurm")
+    assert RunProgress(run).refresh()
+    assert cli.main(["status", str(run.path)]) == 0, "it is tried again"
+
+
+def test_a_stage_stopped_for_lost_starts_says_so(run: RunFolder) -> None:
+    journal = slurm_rows(run, "a")
+    journal.append("decision", stage="a", attempt=1, decision="stop", reason="4 starts in a row", step=0, fault=True)
+    journal.append("job_failed", stage="a", job="0", exit_code=1, output="/runs/x")
+    assert states(run)["a"] == ("failed", "4 starts in a row")
