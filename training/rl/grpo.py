@@ -213,6 +213,8 @@ def _run_rank(
             if torch.distributed.get_rank() == 0:
                 print(f"stopped: {error}", file=sys.stderr, flush=True)
             raise rank_end.Ended(SUSPICIOUS, str(error)) from error
+    if finished and hand_off is not None:
+        hand_off(model)
     if finished and torch.distributed.get_rank() == 0:
         write_json(
             stage_dir / RESULT, {"format": "quarry.grpo_result/1", "steps": job.grpo.steps, "training_digest": inputs.digest}

@@ -1,0 +1,114 @@
+"""The stage in a chain: fine-tuning, reinforcement learning in another layout, export; each by the command that launchers start."""
+
+import json
+import shutil
+
+import pytest
+
+from recipes.schema import Recipe
+from tests.training.factory import read_checkpoint, start_stage
+from tests.training.sft_factory import VOCAB_SIZE, make_data, make_recipe
+from training.files import read_json_lines
+
+pytestmark = pytest.mark.multirank
+
+GRPO = {
+    "title": "Reinforcement",
+    "steps": 3,
+    "prompts_per_step": 4,
+    "samples_per_prompt": 4,
+    "seq_length_tokens": 64,
+    "rope_base": 1e4,
+    "learning_rate": 1e-3,
+    "deviation": "sample",
+    "clip_low": 0.2,
+    "clip_high": 0.28,
+    "kl_coefficient": 0.05,
+    "overlong_cache_tokens": 4,
+    "overlong_filter": False,
+    "dynamic_sampling": False,
+    "rollout": {"max_response_tokens": 12},
+    "stop": {"max_mean_gap_nats": 1e-4},
+    "rewards": {"domains": {"*": {"parts": [{"reward": "format", "options": {"pattern": "[abcd]*"}}]}}, "workers": 1},
+    "parallel": {"name": "tp2_sp", "gpus": 2, "tensor": 2, "sequence_parallel": True, "micro_batch_samples": 4},
+    "precision": {"name": "fp32", "dtype": "fp32"},
+    "save_interval_steps": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished chain of three stages."""
+    root = tmp_path_factory.mktemp("chain")
+    make_data(root, count=60)
+    prompts = [
+        {"messages": [{"role": "user", "content": word}], "domain": "words"} for word in ("abc", "dcba", "aabb", "cdcdc", "b")
+    ]
+    (root / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
+    raw = make_recipe(root).model_dump(mode="json")
+    del raw["sft"]["sft"]
+    raw |= {
+        "stages": ["warm", "reinforce", "export"],
+        "grpo": {"reinforce": GRPO | {"prompts": [str(root / "prompts.jsonl")]}},
+        "export": {"export": {"title": "Export", "dtype": "fp32"}},
+    }
+    folder = root / "run"
+    folder.mkdir()
+    Recipe.model_validate(raw).write(folder / "recipe.json")
+    for stage in ("warm", "reinforce", "export"):
+        assert start_stage(folder, stage) == 0, (folder / "log.txt").read_text()[-4000:]
+    return folder
+
+
+def handoff(run, stage):
+    return json.loads((run / "stages" / stage / "handoff.json").read_text())
+
+
+def test_the_hand_off_goes_through_the_stage(run):
+    before, after, last = (handoff(run, stage) for stage in ("warm", "reinforce", "export"))
+    assert (after["kind"], after["step"], after["checkpoint"]) == ("grpo", 3, "checkpoints/iter_0000003")
+    assert after["layout"]["name"] == "tp2_sp"
+    assert after["total_tokens"] == before["total_tokens"]
+    rows = read_json_lines(run / "stages" / "reinforce" / "metrics.jsonl")
+    assert after["ledger"]["reinforce"]["rollouts"] == {"samples": 48, "tokens": rows[-1]["stage_tokens"]}
+    assert after["ledger"]["warm"] == before["ledger"]["warm"]
+    assert after["heldout"].keys() == before["heldout"].keys()
+    # three small steps move the held-out losses, and not far
+    for category, loss in after["heldout"].items():
+        assert 0 < abs(loss - before["heldout"][category]) < 0.5
+    assert last["kind"] == "export"
+
+
+def test_it_starts_from_the_stage_before(run):
+    """The first step's policy is the reference, which is read from the hand-off: were either another model, they would differ."""
+    rows = read_json_lines(run / "stages" / "reinforce" / "metrics.jsonl")
+    assert rows[0]["divergence_nats"] < 1e-12
+    assert rows[-1]["divergence_nats"] > 0
+    assert all(row["max_gap_nats"] < 1e-5 for row in rows)
+    assert rows[0]["reward_per_domain"].keys() == {"words"}
+
+
+def test_what_is_exported_is_what_was_reinforced(run):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(run / "stages" / "export" / "hf", dtype=torch.float32)
+    saved = read_checkpoint(run / "stages" / "reinforce")
+    embedding = saved["embedding.word_embeddings.weight"]
+    assert embedding.shape[0] == VOCAB_SIZE
+    torch.testing.assert_close(model.get_input_embeddings().weight.detach(), embedding, rtol=0, atol=0)
+    assert not embedding.equal(read_checkpoint(run / "stages" / "warm")["embedding.word_embeddings.weight"])
+
+
+def test_killed_before_the_hand_off(run, tmp_path):
+    """Everything is trained and saved, only the hand-off is missing: the same command writes it and trains nothing."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    stage = copy / "stages" / "reinforce"
+    (stage / "handoff.json").unlink()
+    before = (stage / "metrics.jsonl").read_text()
+    assert start_stage(copy, "reinforce") == 0, (copy / "log.txt").read_text()[-4000:]
+    assert (stage / "metrics.jsonl").read_text() == before
+    ours, theirs = handoff(copy, "reinforce"), handoff(run, "reinforce")
+    for key in ("heldout", "final_loss", "ledger", "training_digest", "checkpoint_files"):
+        assert ours[key] == theirs[key], key
