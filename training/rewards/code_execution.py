@@ -160,7 +160,7 @@ order = json.loads(sys.stdin.buffer.read())
 mark = order.pop("mark")
 out = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
-space = {"__name__": "__main__"}
+space = {"__name__": "program"}  # a main part that reads its input is for stdin tests
 exec(compile(order.pop("program"), "program.py", "exec"), space)
 if "asserts" in order:
     exec(compile(order["asserts"], "tests.py", "exec"), space)

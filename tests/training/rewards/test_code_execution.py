@@ -35,6 +35,8 @@ def test_right_programs_pass():
         result = score(add, tests)
         assert (result.value, result.failed) == (1.0, False), result
     assert score("print(sum(map(int, input().split())), '  ')\nprint()", STDIN).value == 1
+    both = "def add(a, b):\n    return a + b\nif __name__ == '__main__':\n    print(add(*map(int, input().split())))"
+    assert score(both, CALLS + STDIN + ASSERTS).value == 1
 
 
 def test_share_of_tests():

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -239,7 +240,7 @@ def alive(pid):
         return False
 
 
-def test_without_bubblewrap_nothing_runs(monkeypatch, tmp_path):
+def test_without_bubblewrap_nothing_runs(monkeypatch):
     sandbox._probe.cache_clear()
     monkeypatch.setattr(shutil, "which", lambda name: None if name == "bwrap" else f"/usr/bin/{name}")
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("ran something"))
@@ -251,15 +252,15 @@ def test_without_bubblewrap_nothing_runs(monkeypatch, tmp_path):
     sandbox._probe.cache_clear()
 
 
-def test_a_sandbox_that_cannot_be_made_is_refused_with_what_bubblewrap_says(monkeypatch, tmp_path):
-    fake = tmp_path / "bwrap"
-    fake.write_text("#!/bin/sh\necho 'No permissions to create new namespace' >&2\nexit 1\n")
-    fake.chmod(0o755)
-    tmp_path.chmod(0o755)
-    for folder in (tmp_path.parent, tmp_path.parent.parent):
-        folder.chmod(0o755)  # setpriv runs it as nobody
-    sandbox._probe.cache_clear()
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with pytest.raises(RewardError, match="No permissions to create new namespace.*user.max_user_namespaces"):
-        sandbox.check()
+def test_a_sandbox_that_cannot_be_made_is_refused_with_what_bubblewrap_says(monkeypatch):
+    # Not tmp_path: setpriv runs it as a user who may not enter pytest's folders.
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        fake = Path(folder, "bwrap")
+        fake.write_text("#!/bin/sh\necho 'No permissions to create new namespace' >&2\nexit 1\n")
+        fake.chmod(0o755)
+        sandbox._probe.cache_clear()
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+        with pytest.raises(RewardError, match="No permissions to create new namespace.*user.max_user_namespaces"):
+            sandbox.check()
     sandbox._probe.cache_clear()
