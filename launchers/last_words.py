@@ -18,6 +18,7 @@ DISK = re.compile(r"^disk full: (.+)", re.MULTILINE)
 RERUN = re.compile(
     r"Unexpected result (?P<value>\S+) on rank (?P<rank>\d+) at iteration #(?P<step>\d+) .*?message='(?P<what>[^']+)'"
 )
+SUSPICIOUS = re.compile(r"^(?:\w+\.)*SuspiciousResult: .+", re.MULTILINE)
 EXCEPTION = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Result): .+", re.MULTILINE)
 
 
@@ -36,7 +37,11 @@ def last_words(log: Path, start: int, exit_code: int) -> str:
         found = _last(EXCEPTION, text)
     else:
         first = RERUN.search(text)  # the others follow from it
-        found = f"{first['what']}: {first['value']} on rank {first['rank']} at step {first['step']}" if first else ""
+        found = (
+            f"{first['what']}: {first['value']} on rank {first['rank']} at step {first['step']}"
+            if first
+            else _last(SUSPICIOUS, text)
+        )
     line = " ".join(found.split())
     return line if len(line) <= MAX_CHARACTERS else line[: MAX_CHARACTERS - 3] + "..."
 

@@ -7,7 +7,7 @@
 | 79, hung: ended by the wrapper without progress | the same stage again from its last checkpoint |
 | 80, hung the third time in a row without a new checkpoint | stop, with the place where the ranks stand |
 | 74, disk full | stop, with the disk |
-| 16 and 17, Megatron's rerun check | stop: a start that goes well would hide a suspicious result |
+| 16 and 17, Megatron's rerun check or a loss that is not finite | stop: a start that goes well would hide a suspicious result |
 | 78, refused; 73, another job of the stage runs; 127, no such command | stop: nothing would change |
 | killed by a signal (137 and the like), or no trace | stop (on Slurm again: see below) |
 | any other code, a crash | stop |

@@ -14,6 +14,7 @@ from launchers.jsonl import JsonLines, Row
 from launchers.processes import is_alive
 from launchers.runs import RunFolder
 from launchers.stage_job import DATA
+from recipes.plan import PEAK_BF16_FLOPS, flops_per_token
 from recipes.schema import Recipe
 
 State = Literal["waiting", "running", "finished", "failed", "interrupted"]
@@ -27,7 +28,7 @@ class StageProgress:
     """One stage as its files tell it."""
 
     stage: str
-    kind: Literal["phase", "merge", "export"]
+    kind: Literal["phase", "merge", "sft", "grpo", "export"]
     state: State = "waiting"
     reason: str = ""
     """Why a stage that failed or was interrupted ended."""
@@ -39,7 +40,15 @@ class StageProgress:
     total_tokens: int | None = None
     loss: float | None = None
     tokens_per_second: float | None = None
+    """Over all GPUs or ranks, in the last steps that were logged."""
+    gpus: int = 0
+    """GPUs (on CPU: ranks) that train the stage; 0 for merges and exports."""
+    flops_per_token: float | None = None
+    """Model FLOPs as `quarry plan` counts them (recipes/plan.py); None where they are not known, as for packed samples."""
+    peak_flops: float | None = None
+    """Dense bf16 FLOP/s of one GPU; None on CPU."""
     eta_seconds: float | None = None
+    """Of a running phase; of one that waits or stopped an estimate, see RunProgress.eta_seconds."""
     wall_seconds: float = 0.0
     """Over all attempts whose end was written down, and the one that runs."""
     startup_seconds: float = 0.0
@@ -50,6 +59,20 @@ class StageProgress:
     handoff: Row | None = None
     metrics: list[Row] = field(default_factory=list)
     heldout: list[Row] = field(default_factory=list)
+
+    @property
+    def tokens_per_second_per_gpu(self) -> float | None:
+        return self.tokens_per_second / self.gpus if self.tokens_per_second and self.gpus else None
+
+    @property
+    def model_flops_utilisation(self) -> float | None:
+        """Model FLOPs that the GPUs do a second, over what they could do: from 0 to 1."""
+        rate = self.tokens_per_second_per_gpu
+        return (
+            None
+            if rate is None or not self.flops_per_token or not self.peak_flops
+            else rate * self.flops_per_token / self.peak_flops
+        )
 
     @property
     def own_heldout(self) -> dict[str, float] | None:
@@ -79,6 +102,7 @@ class RunProgress:
     def refresh(self) -> list[StageProgress]:
         self.journal.poll()
         self.stages = [self._stage(stage) for stage in self.recipe.stages]
+        self._estimate()
         self.data_failure = _data_failure(stage_rows(self.journal.rows, DATA))
         stopped = DATA if self.data_failure else None
         for progress in self.stages:
@@ -107,15 +131,29 @@ class RunProgress:
         return open_stages[0].state
 
     @property
+    def processor(self) -> Literal["GPU", "rank"]:
+        """What `StageProgress.gpus` counts, for headings."""
+        return "rank" if self.recipe.cluster.gpu == "cpu" else "GPU"
+
+    @property
     def wall_seconds(self) -> float:
         return sum(s.wall_seconds for s in self.stages)
 
     @property
     def eta_seconds(self) -> float | None:
-        """Estimate for the chain: waiting phases at the speed of the last phase that ran, with the start-up seen so far."""
-        rates = [s.tokens_per_second for s in self.stages if s.tokens_per_second]
-        if not rates:
+        """Estimate for the chain, the sum over its stages; None before the first step."""
+        if not any(s.tokens_per_second for s in self.stages):
             return None
+        return sum(s.eta_seconds or 0.0 for s in self.stages if s.state != "finished")
+
+    def _estimate(self) -> None:
+        """Time left of the stages that are not running: start-up as seen so far, then the speed of the last phase that ran.
+
+        On GPUs the speed is that phase's utilisation: a token of a longer context costs more FLOPs, and more GPUs do more of them.
+        """
+        ran = next((s for s in reversed(self.stages) if s.tokens_per_second and s.kind == "phase"), None)
+        if ran is None or not ran.tokens_per_second:
+            return
         ended = [s for s in self.stages if s.state == "finished" and s.wall_seconds]
         overheads = [s.wall_seconds - s.training_seconds for s in ended]
         overhead = (
@@ -123,14 +161,15 @@ class RunProgress:
             if overheads
             else next((s.startup_seconds for s in self.stages if s.startup_seconds), 0.0)
         )
-        total = 0.0
         for s in self.stages:
-            if s.state == "running":
-                total += s.eta_seconds or 0.0
-            elif s.state != "finished":
-                left = self.recipe.phase[s.stage].tokens - s.stage_tokens if s.kind == "phase" else 0
-                total += overhead + left / rates[-1]
-        return total
+            if s.state in ("running", "finished"):
+                continue
+            s.eta_seconds = overhead
+            if s.kind == "phase":
+                rate = ran.tokens_per_second
+                if s.peak_flops and s.flops_per_token and ran.flops_per_token:
+                    rate *= ran.flops_per_token / s.flops_per_token * s.gpus / ran.gpus
+                s.eta_seconds += (self.recipe.phase[s.stage].tokens - s.stage_tokens) / rate
 
     def _stage(self, stage: str) -> StageProgress:
         kind = self.recipe.stage_kind(stage)
@@ -145,6 +184,12 @@ class RunProgress:
             metrics=self._metrics[stage].rows,
             heldout=self._heldout[stage].rows,
         )
+        training = self.recipe.phase.get(stage) or self.recipe.sft.get(stage) or self.recipe.grpo.get(stage)
+        if training is not None:
+            progress.gpus = training.parallel.gpus
+            progress.peak_flops = PEAK_BF16_FLOPS.get(self.recipe.cluster.gpu)
+        if kind == "phase":
+            progress.flops_per_token = flops_per_token(self.recipe.model, self.recipe.phase[stage].seq_length_tokens)
         self._read_metrics(progress)
         self._read_handoff(progress)
         self._read_journal(progress, rows)

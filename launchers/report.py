@@ -101,6 +101,7 @@ def write_report(progress: RunProgress, path: Path) -> None:
 def render(progress: RunProgress) -> str:
     """The page as text."""
     from launchers import report_tables as tables
+    from launchers.progress import RATE_WINDOW_ROWS
     from launchers.report_figures import Figures
 
     colors = category_colors(progress)
@@ -136,7 +137,9 @@ def render(progress: RunProgress) -> str:
         _section(
             "Stages",
             'time: <span class="swatch t0"></span>start-up <span class="swatch t1" style="margin-left:12px"></span>training '
-            '<span class="swatch t2" style="margin-left:12px"></span>evaluate, save, hand off',
+            '<span class="swatch t2" style="margin-left:12px"></span>evaluate, save, hand off; tokens/s over the last '
+            f"{RATE_WINDOW_ROWS} logged steps; MFU: their model FLOPs (6 N + causal attention a token, recomputation not counted) over the "
+            "dense bf16 peak of the GPUs",
             tables.stages(progress),
         ),
         _section(

@@ -26,6 +26,8 @@ STAGE_COLUMNS = (
     ("learning rate", ""),
     ("final loss", ""),
     ("tokens/s", ""),
+    ("tokens/s/{processor}", ""),
+    ("MFU", ""),
     ("memory/rank", ""),
     ("time", ""),
     ("", "l"),
@@ -69,7 +71,7 @@ def stages(progress: RunProgress) -> str:
     for s in progress.stages:
         number += s.kind == "phase"
         rows.append(_stage_row(progress.recipe, s, number if s.kind == "phase" else None, longest))
-    header = "".join(f'<th class="{css}">{name}</th>' for name, css in STAGE_COLUMNS)
+    header = "".join(f'<th class="{css}">{name.format(processor=progress.processor)}</th>' for name, css in STAGE_COLUMNS)
     return f'<div class="scroll"><table><tr>{header}</tr>{"".join(rows)}</table></div>'
 
 
@@ -86,14 +88,22 @@ def _stage_row(recipe: Recipe, s: StageProgress, number: int | None, longest: fl
             f"{phase.global_batch_samples} × {text.length(phase.seq_length_tokens)}",
             text.tokens(phase.rope_base),
             " → ".join(f"{r:.3g}" for r in rates),
+        ]
+    elif s.kind in ("sft", "grpo"):
+        training = recipe.sft[s.stage] if s.kind == "sft" else recipe.grpo[s.stage]
+        cells += [escape(layout(training.parallel)), text.tokens(s.stage_tokens), str(s.step), "", "", ""]
+    if s.gpus:
+        cells += [
             text.loss(s.loss),
-            text.tokens(s.tokens_per_second) if s.tokens_per_second else "-",
+            text.tokens(s.tokens_per_second),
+            text.tokens(s.tokens_per_second_per_gpu),
+            text.percent(s.model_flops_utilisation),
         ]
     else:
         words = "Hugging Face folder"
         if s.kind == "merge":
             words = " + ".join(f"{w:.3g} {name}" for name, w in recipe.merge[s.stage].inputs.items())
-        cells += [f'<span class="soft">{escape(words)}</span>', *[""] * 7]
+        cells += [f'<span class="soft">{escape(words)}</span>', *[""] * 9]
     memory = f"{s.max_rss_bytes / 2**30:.1f} GiB" if s.max_rss_bytes else ""
     cells += [memory, text.duration(s.wall_seconds) if s.wall_seconds else "", _time_bar(s, longest)]
     columns = zip(cells, STAGE_COLUMNS, strict=True)

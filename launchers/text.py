@@ -35,6 +35,11 @@ def rate(tokens_per_second: float | None) -> str:
     return "-" if tokens_per_second is None else f"{tokens(tokens_per_second)}/s"
 
 
+def percent(share: float | None) -> str:
+    """0.4123 -> 41.2%; None -> -"""
+    return "-" if share is None else f"{share:.1%}"
+
+
 def loss(nats: float | None) -> str:
     """Nats per token."""
     return "-" if nats is None else f"{nats:.4f}"

@@ -38,7 +38,8 @@ def stage_table(progress: RunProgress) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for name, justify in (
         ("stage", "left"), ("state", "left"), ("tries", "right"), ("step", "right"), ("tokens", "right"),
-        ("loss", "right"), ("tokens/s", "right"), ("time", "right"), ("left", "right"),
+        ("loss", "right"), ("tokens/s", "right"), (f"per {progress.processor}", "right"), ("MFU", "right"),
+        ("time", "right"), ("left", "right"),
     ):  # fmt: skip
         table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for s in progress.stages:
@@ -49,12 +50,19 @@ def stage_table(progress: RunProgress) -> Table:
             f"{s.step}/{s.steps}" if s.steps else "",
             text.tokens(s.stage_tokens) if s.stage_tokens else "",
             text.loss(s.loss) if s.loss is not None else "",
-            text.tokens(s.tokens_per_second) if s.tokens_per_second else "",
+            *speed(s),
             text.duration(s.wall_seconds) if s.wall_seconds else "",
             text.duration(s.eta_seconds) if s.eta_seconds is not None else "",
             style="dim" if s.state == "waiting" else None,
         )
     return table
+
+
+def speed(s: StageProgress) -> tuple[str, str, str]:
+    """Tokens per second over all and per GPU, and model FLOPs utilisation; a dash where it is not known, nothing before the first step."""
+    if not s.tokens_per_second:
+        return "", "", ""
+    return text.tokens(s.tokens_per_second), text.tokens(s.tokens_per_second_per_gpu), text.percent(s.model_flops_utilisation)
 
 
 def overview(progress: RunProgress) -> Group:

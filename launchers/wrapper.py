@@ -245,7 +245,7 @@ def describe_exit(exit_code: int, received: str | None) -> str:
     meaning = {
         0: "finished",
         16: "stopped by Megatron's rerun check (16): an unexpected result, not yet known whether it repeats; suspect the hardware",
-        17: "stopped by Megatron's rerun check (17): a result failed its validation; suspect data, code or hardware",
+        17: "stopped by a suspicious result (17): it is not finite, or failed a validation; suspect data, code or hardware",
         74: "no space left on a disk",
         75: "saved, to be resumed",
         78: "refused its configuration or hand-off",

@@ -13,7 +13,7 @@ RERUN = (
     "ERROR:megatron.core.rerun_state_machine:Unexpected result {value} on rank {rank} at iteration #3 invocation #1 "
     "(message='found NaN in the local forward loss')\n"
 )
-TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1\ntraining.hooks.SuspiciousResult: training loss is inf at step 4\n'
+TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1\ntraining.exit_codes.SuspiciousResult: training loss is inf at step 4\n'
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,12 @@ TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1\ntraining
             "found NaN in the local forward loss: nan on rank 2 at step 3",
         ),
         (17, RERUN.format(value="inf", rank=0), "found NaN in the local forward loss: inf on rank 0 at step 3"),
-        (1, TRACEBACK + "rank 0 ended with exit code 1\n", "training.hooks.SuspiciousResult: training loss is inf at step 4"),
+        (
+            17,
+            TRACEBACK + "rank 0 ended with exit code 17\n",
+            "training.exit_codes.SuspiciousResult: training loss is inf at step 4",
+        ),
+        (1, "x\nValueError: y\nrank 0 ended with exit code 1\n", "ValueError: y"),
         (1, "no traceback\n", ""),
         (78, "nothing of that kind\n", ""),
         (16, "", ""),

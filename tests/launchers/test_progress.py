@@ -1,0 +1,72 @@
+"""Speed, utilisation and time left, as `quarry status` and the report show them."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from launchers import cli
+from launchers.progress import RunProgress
+from launchers.runs import RunFolder
+
+
+@pytest.fixture
+def run(harness: Any) -> RunFolder:
+    """Three steps of stage `a`, of 32 tokens and half a second each."""
+    harness.run_dir.mkdir(parents=True)
+    harness.recipe.write(harness.run_dir / "recipe.json")
+    run = RunFolder(harness.run_dir)
+    run.stage("a").mkdir(parents=True)
+    rows = [{"step": i, "stage_tokens": 32 * i, "loss": 3.0, "tokens_per_second": 64.0, "seconds": 0.5} for i in (1, 2, 3)]
+    (run.stage("a") / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
+def on_gpus(run: RunFolder) -> RunProgress:
+    """The run as if its phases were on H100s: `a` on 4, `b` on 8 at four times the length."""
+    recipe = RunProgress(run).recipe
+    phases = {}
+    for stage, gpus, factor in (("a", 4, 1), ("b", 8, 4)):
+        phase = recipe.phase[stage]
+        parallel = phase.parallel.model_copy(update={"gpus": gpus})
+        longer = {"seq_length_tokens": factor * phase.seq_length_tokens, "tokens": factor * phase.tokens}
+        phases[stage] = phase.model_copy(update={"parallel": parallel, **longer})
+    cluster = recipe.cluster.model_copy(update={"gpu": "h100"})
+    return RunProgress(run, recipe.model_copy(update={"phase": {**recipe.phase, **phases}, "cluster": cluster}))
+
+
+def test_on_cpu_there_is_a_rate_per_rank_and_no_utilisation(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = RunProgress(run).refresh()[0]
+    assert stage.tokens_per_second_per_gpu == pytest.approx(64.0 / stage.gpus)
+    assert stage.model_flops_utilisation is None
+    assert cli.main(["status", str(run.path)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"tokens/s +per rank +MFU +time +left", printed)
+    assert re.search(r"^a .* 64 +\d+ +- ", printed, re.MULTILINE)
+    assert cli.main(["report", str(run.path)]) == 0
+    page = run.report.read_text()
+    assert "tokens/s/rank" in page
+    assert "MFU" in page
+
+
+def test_utilisation_and_time_left_on_gpus_are_the_plans_flops(run: RunFolder) -> None:
+    progress = on_gpus(run)
+    a, b, *_ = progress.refresh()
+    assert a.tokens_per_second_per_gpu == pytest.approx(64.0 / 4)
+    # By hand: 6 FLOPs per token and weight that is multiplied, 12 per layer, position and channel of attention, of which causality halves.
+    model, length = progress.recipe.model, progress.recipe.phase["a"].seq_length_tokens
+    heads, groups = model.num_attention_heads * model.head_dim, model.num_query_groups * model.head_dim
+    layer = 2 * model.hidden_size * (heads + groups) + 3 * model.hidden_size * model.ffn_hidden_size + 2 * model.hidden_size
+    weights = model.num_layers * layer + model.vocab_size * model.hidden_size + model.hidden_size
+
+    def flops(positions: int) -> float:
+        return 6 * weights + 12 * model.num_layers * heads * positions / 2
+
+    assert a.model_flops_utilisation == pytest.approx(16.0 * flops(length) / 989e12)
+    # The waiting phase at the same utilisation: twice the GPUs, more FLOPs a token.
+    rate = 64.0 * 2 * flops(length) / flops(4 * length)
+    assert b.eta_seconds == pytest.approx(progress.recipe.phase["b"].tokens / rate, abs=0.01)
+    assert progress.eta_seconds == pytest.approx(sum(s.eta_seconds or 0.0 for s in progress.stages))
