@@ -79,6 +79,9 @@ class Failed(Exception):
         """Whether the endpoint would refuse every sample."""
         self.wait_seconds = wait_seconds
         """What the endpoint asks for (Retry-After)."""
+        self.prompt_tokens: int | None = None
+        self.answer_tokens: int | None = None
+        """Of an answer that came and was no judgement."""
 
 
 def endpoint(url: str, model: str, key_variable: str) -> Endpoint:
@@ -162,7 +165,26 @@ class Client:
             raise Failed("connection", self._shown(f"{type(error).__name__}: {error}")) from None
         if status != 200:
             raise self._refused(status, headers, body)
-        return self._reply(body, rubric, time.monotonic() - started)
+        try:
+            value = json.loads(body)
+            usage = value.get("usage")
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise Failed("no completion", self._shown(f"{type(error).__name__}: {error}")) from None
+        prompt_tokens, answer_tokens = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
+        try:
+            answer = self._answer(value, rubric)
+        except Failed as failure:
+            failure.prompt_tokens, failure.answer_tokens = prompt_tokens, answer_tokens
+            raise
+        model = value.get("model")
+        return Reply(
+            answer,
+            canonical_json(answer.plain()).decode(),
+            self._shown(model) if isinstance(model, str) else "",
+            prompt_tokens,
+            answer_tokens,
+            time.monotonic() - started,
+        )
 
     def _body(self, messages: list[dict[str, str]], rubric: Rubric) -> bytes:
         schema = {"name": "judgement", "strict": True, "schema": answer_schema(rubric)}
@@ -202,32 +224,21 @@ class Client:
         fatal = status in FATAL_STATUS or 300 <= status < 400
         return Failed(f"HTTP {status}", text, again=fatal, fatal=fatal)
 
-    def _reply(self, body: bytes, rubric: Rubric, seconds: float) -> Reply:
+    def _answer(self, value: dict[str, Any], rubric: Rubric) -> Answer:
         try:
-            value = json.loads(body)
             (choice,) = value["choices"]
             message, finish = choice["message"], choice.get("finish_reason")
             content, refusal = message.get("content"), message.get("refusal")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Failed("no completion", self._shown(f"{type(error).__name__}: {error}")) from None
         if refusal:
             raise Failed("refusal", self._shown(str(refusal)))
         if finish != "stop":
             raise Failed("cut off" if finish == "length" else "not finished", f"finish_reason is {str(finish)[:40]!r}")
         try:
-            answer = parse_answer(content, rubric)
+            return parse_answer(content, rubric)
         except BadAnswer as error:
             raise Failed(error.kind, self._shown(error.detail)) from None
-        usage = value.get("usage")
-        model = value.get("model")
-        return Reply(
-            answer,
-            canonical_json(answer.plain()).decode(),
-            self._shown(model) if isinstance(model, str) else "",
-            _count(usage, "prompt_tokens"),
-            _count(usage, "completion_tokens"),
-            seconds,
-        )
 
     def _shown(self, text: str) -> str:
         """What may be recorded of a server's words: short, and never with the key that it may repeat."""

@@ -20,9 +20,11 @@ from data_prep.judge.estimate import Estimate, Prices, duration, estimate, judge
 from data_prep.judge.planning import JUDGE, Plan, Planner, Row, Rubrics, Tokens, again
 from data_prep.judge.records import OUTCOMES, JudgedRecord, JudgeRecord, Work
 from data_prep.judge.writing import Tally, warnings_of, write_outputs
-from data_prep.plain_files import digest_of, exclusive_lock, file_sha256, remove_leftovers
+from data_prep.plain_files import digest_of, exclusive_lock, file_sha256
 from data_prep.progress import Done, Progress
 
+NAMES = (*(f"{name}.jsonl" for name in (*OUTCOMES, "audit")), "record.json")
+"""Files that a run replaces."""
 UNKNOWN_WORTH = "what the named model's verdicts are worth is not known from this run; compare them with people's (--labels)"
 
 
@@ -55,7 +57,7 @@ class Request:
         assert all(name == rubric.name for name, rubric in self.rubrics.items())
         if self.max_cost is not None and self.prices.input is None:
             raise DataError("--max-cost: needs --price-input and --price-output")
-        outputs = {(self.folder / f"{name}.jsonl").resolve() for name in (*OUTCOMES, "audit")}
+        outputs = {(self.folder / name).resolve() for name in NAMES}
         if used := [path for path in self.inputs if path.resolve() in outputs]:
             raise DataError(f"--input {used[0]}: would be overwritten by the output; give another --output")
 
@@ -70,7 +72,9 @@ def curate(request: Request, progress: Progress, *, only_estimate: bool = False)
     with exclusive_lock(
         folder / ".lock", lambda holder: progress.message(f"waiting for process {holder}, which judges into {folder}")
     ):
-        remove_leftovers(folder)
+        for name in NAMES:  # of a killed run, and not whatever else may lie in the folder
+            for leftover in folder.glob(f".{name}.*.tmp"):
+                leftover.unlink()
         with Cache(request.cache or folder / "cache.sqlite") as cache, Plan(folder / ".plan.sqlite") as plan:
             rubrics = Rubrics(request.rubrics, request.rubric)
             planner = Planner(request.curation, rubrics, request.endpoint.model, request.sampling, request.tokens)
@@ -125,6 +129,9 @@ class _Work:
     def failed(self, question: Question, failure: Failed) -> None:
         self._cache.failed(question.key, failure.kind, failure.detail)
         self.failures[failure.kind] += 1
+        # An answer that is no judgement is paid for, too.
+        self.prompt_tokens += failure.prompt_tokens or 0
+        self.answer_tokens += failure.answer_tokens or 0
 
     def unjudged(self, question: Question) -> None:
         self.asked += 1

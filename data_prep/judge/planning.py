@@ -25,6 +25,7 @@ from data_prep.progress import Progress
 
 BATCH_SAMPLES = 512
 """Searched for leakage together."""
+DETAIL_CHARACTERS = 500
 JUDGE = "judge"
 """The step of samples that passed every rule."""
 STEPS = (
@@ -251,7 +252,7 @@ class Planner:
             tuple(repairs),
             step,
             finding.reason if finding else None,
-            finding.detail.encode("utf-8", "replace").decode() if finding else None,
+            _shown(finding.detail) if finding else None,
             rubric.name if rubric else None,
             key,
             size_bytes,
@@ -289,6 +290,11 @@ def _batches(lines: Iterator[Line]) -> Iterator[list[Line]]:
             batch = []
     if batch:
         yield batch
+
+
+def _shown(detail: str) -> str:
+    """A sample's words in its audit: short, and Unicode."""
+    return detail[:DETAIL_CHARACTERS].encode("utf-8", "replace").decode()
 
 
 def _plain(paths: Sequence[Path]) -> bool:

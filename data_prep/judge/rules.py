@@ -6,6 +6,7 @@ asked anything.
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import threading
@@ -105,11 +106,11 @@ def lengths(sample: Sample, curation: Curation) -> Finding | None:
 
 def control_tokens(sample: Sample, curation: Curation) -> Finding | None:
     """Text that spells a control token, which the tokenizer of a chat takes for the token itself."""
-    if curation.control_tokens:
-        for text in (*sample.texts(), *(d.text for d in sample.documents)):
-            if found := CONTROL_TOKEN.search(text):
-                return Finding("control token", found[0])
-    return None
+    if not curation.control_tokens:
+        return None
+    # Names, titles and descriptions too: the chat template writes them all. JSON's escapes leave these spellings as they are.
+    found = CONTROL_TOKEN.search(json.dumps(sample.plain(), ensure_ascii=False))
+    return Finding("control token", found[0]) if found else None
 
 
 def tool_calls(sample: Sample, curation: Curation) -> Finding | None:

@@ -7,6 +7,7 @@ its other keys are carried along untouched.
 from __future__ import annotations
 
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -70,7 +71,7 @@ def read_lines(paths: Sequence[Path]) -> Iterator[Line]:
 def parse(raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
     """(JSON object, None) or (None, why not). The json module and no faster one: numbers of any size must come through unchanged."""
     try:
-        value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+        value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
     except UnicodeDecodeError as error:
         return None, f"invalid UTF-8 at byte {error.start}"
     except (ValueError, RecursionError) as error:
@@ -78,6 +79,14 @@ def parse(raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
     if not isinstance(value, dict):
         return None, f"a JSON {type(value).__name__}, not an object"
     return value, None
+
+
+def _finite(text: str) -> float:
+    """1e999 would become an infinity, which no JSON can say again."""
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:40]} is too large for a number")
+    return value
 
 
 def _refuse_constant(name: str) -> Any:
@@ -162,6 +171,8 @@ class Sample(Strict):
 
 def typed(value: dict[str, Any]) -> Sample | str:
     """The sample of a (normalised) JSON object, or what is wrong with it, the first problems by key."""
+    if "id" in value and (isinstance(value["id"], bool) or not isinstance(value["id"], str | int)):
+        return f"id: is a {type(value['id']).__name__}; it must be a string or a whole number"
     try:
         sample = Sample.model_validate(
             {key: value[key] for key in ("messages", "tools", "documents") if value.get(key) is not None}

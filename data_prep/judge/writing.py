@@ -169,9 +169,14 @@ def _note_label(row: Row, audit: AuditLine, labels: dict[str, Verdict], tally: T
 def _carried(line: Line, value: dict[str, Any], sample: Sample | None) -> dict[str, Any]:
     """The sample as it goes on: its own keys, with id, and the messages, tools and documents as repaired and typed."""
     if sample is None:
-        return value
+        return _refused(line, value)
     rest = {key: v for key, v in value.items() if key not in ("messages", "tools", "documents")}
     return {"id": line.id, **rest, **sample.plain()}
+
+
+def _refused(line: Line, value: dict[str, Any]) -> dict[str, Any]:
+    """What the schema refused, as it came, under the id that the audit has."""
+    return value if str(value.get("id")) == line.id else {**value, "id": line.id, "given_id": value.get("id")}
 
 
 def _unreadable(line: Line) -> bytes:
