@@ -27,8 +27,9 @@ from data_prep.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema import RecipeError
 from training import disk, fast_import, rank_end, stacks
 from training.arguments import Load, add_granite_arguments
-from training.exit_codes import DISK_FULL, FINISHED, REQUEUE, SUSPICIOUS, SuspiciousResult
+from training.exit_codes import DISK_FULL, FINISHED, REFUSED, REQUEUE, SUSPICIOUS, SuspiciousResult
 from training.handoff import Refused, _read_start, latest_step
+from training.metrics import MetricsLog
 from training.rl.job import Job
 from training.rl.prompts import PromptError, Prompts, Sample, read_prompts
 
@@ -36,8 +37,19 @@ if TYPE_CHECKING:
     from training.rl.trainer import RewardFunction
 
 RESULT = "result.json"
-HandOff = Callable[[list[Any]], None]
-"""Called with the model's chunks; collective."""
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """What a chain does before and after the training of a stage. Both are called on every rank with the model's chunks and the stage's
+    log, which rank 0 writes."""
+
+    begin: Callable[[list[Any], MetricsLog], None]
+    """Before the first step of a first start; raises training.pretrain.LossGate if this is not the model that was handed off."""
+    end: Callable[[list[Any], MetricsLog], None]
+    """After the last checkpoint is saved."""
+
+
 REFUSALS = (RecipeError, DataError, PromptError, Refused)
 
 
@@ -143,18 +155,18 @@ def run_rank(
     load: Load | None,
     inputs: Inputs,
     reward: RewardFunction | None,
-    hand_off: HandOff | None = None,
+    boundary: Boundary | None = None,
 ) -> int:
     """One rank; the process environment holds RANK, WORLD_SIZE and the rendezvous. Returns an exit code.
 
-    `hand_off` is called on every rank after the last checkpoint is saved; None: `result.json` is all that is left.
+    `boundary` is the chain's; None: the stage stands alone, and `result.json` is all that is left beside the checkpoints.
     """
     stacks.separate_rank(stage_dir, int(os.environ["RANK"]))
     witness = disk.Witness()
 
     def main() -> int:
         try:
-            return _run_rank(job, stage_dir, load, inputs, reward, hand_off)
+            return _run_rank(job, stage_dir, load, inputs, reward, boundary)
         except BaseException as error:  # torch's CheckpointException is no Exception
             if not (witness.seen or disk.is_full(error, stage_dir)):
                 raise
@@ -171,9 +183,9 @@ def _run_rank(
     load: Load | None,
     inputs: Inputs,
     reward: RewardFunction | None,
-    hand_off: HandOff | None,
+    boundary: Boundary | None,
 ) -> int:
-    from training.pretrain import import_megatron_on
+    from training.pretrain import LossGate, import_megatron_on
 
     import_megatron_on(job.gpu)
     import torch
@@ -207,14 +219,19 @@ def _run_rank(
             reward=reward_function,
             state=state,
         )
+        begin = (lambda: boundary.begin(model, trainer.metrics)) if boundary is not None and not resumed else None
         try:
-            finished = trainer.run()
+            finished = trainer.run(begin)
+        except LossGate as error:  # on every rank alike
+            if torch.distributed.get_rank() == 0:
+                print(f"refused: {error}", file=sys.stderr, flush=True)
+            raise rank_end.Ended(REFUSED, str(error)) from error
         except SuspiciousResult as error:  # on every rank alike
             if torch.distributed.get_rank() == 0:
                 print(f"stopped: {error}", file=sys.stderr, flush=True)
             raise rank_end.Ended(SUSPICIOUS, str(error)) from error
-    if finished and hand_off is not None:
-        hand_off(model)
+    if finished and boundary is not None:
+        boundary.end(model, trainer.metrics)
     if finished and torch.distributed.get_rank() == 0:
         write_json(
             stage_dir / RESULT, {"format": "quarry.grpo_result/1", "steps": job.grpo.steps, "training_digest": inputs.digest}

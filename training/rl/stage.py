@@ -10,6 +10,7 @@ import argparse
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from data_prep.files import digest_of
@@ -22,7 +23,7 @@ from training.exit_codes import FINISHED, REQUEUE
 from training.files import digest_folder, read_json_lines
 from training.handoff import Decision, Drawn, FileRecord, Handoff, Refused, decide, latest_step, write_start
 from training.metrics import MetricsLog
-from training.rl.grpo import REFUSALS, HandOff, Inputs, load_arguments, parse_load, read_inputs, run_rank
+from training.rl.grpo import REFUSALS, Boundary, Inputs, load_arguments, parse_load, read_inputs, run_rank
 from training.rl.job import RESUMABLE_CHANGES, Initial, Job
 from training.versions import versions
 
@@ -109,33 +110,48 @@ def run_grpo(recipe: Recipe, stage: str, run_dir: Path) -> int:
 
 
 def rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, training_digest: str, job: Job, inputs: Inputs) -> int:
-    hand_off = _hand_off(recipe, stage, run_dir, job, training_digest)
-    return run_rank(job, run_dir / "stages" / stage, load, inputs, None, hand_off)
+    boundary = _boundary(recipe, stage, run_dir, job, training_digest)
+    return run_rank(job, run_dir / "stages" / stage, load, inputs, None, boundary)
 
 
-def _hand_off(recipe: Recipe, stage: str, run_dir: Path, job: Job, training_digest: str) -> HandOff:
-    """A function that measures held-out losses on all ranks and writes handoff.json on the first."""
+def _boundary(recipe: Recipe, stage: str, run_dir: Path, job: Job, training_digest: str) -> Boundary:
+    """Held-out losses at both ends, the gate against the hand-off before, and this stage's own hand-off."""
+    stage_dir, data_root = run_dir / "stages" / stage, Path(recipe.data.root)
+    previous = Handoff.read(run_dir / "stages" / str(recipe.previous(stage)))
+    manifest = HeldoutManifest.read(heldout_path(data_root))
 
-    def hand_off(model: list[Any]) -> None:
+    def evaluate(model: list[Any]) -> dict[str, float]:
         import megatron.training.training as upstream
-        import torch
 
         from training import heldout
 
-        stage_dir, data_root = run_dir / "stages" / stage, Path(recipe.data.root)
-        manifest = HeldoutManifest.read(heldout_path(data_root))
         config = upstream.get_model_config(model[0])
+        timers, config.timers = config.timers, None
         losses = heldout.evaluate(model, config, manifest, data_root, recipe.data.heldout_batch_samples)
+        config.timers = timers
+        return losses
+
+    def begin(model: list[Any], metrics: MetricsLog) -> None:
+        import torch
+
+        seen, at = as_phase(recipe, stage), SimpleNamespace(model=model)
+        losses = pretrain.evaluate_through_gate(seen, stage, at, previous, manifest.digest, lambda at: evaluate(at.model))
+        if torch.distributed.get_rank() == 0:
+            metrics.append_heldout(when="start", step=0, total_tokens=previous.total_tokens, losses=losses)
+
+    def end(model: list[Any], metrics: MetricsLog) -> None:
+        import torch
+
+        losses = evaluate(model)
         if torch.distributed.get_rank() != 0:
             return
-        previous = Handoff.read(run_dir / "stages" / str(recipe.previous(stage)))
         step = latest_step(stage_dir / "checkpoints")
         if step != job.grpo.steps:
             raise RuntimeError(
                 f"{stage_dir}: the last checkpoint is of step {step}, the stage has {job.grpo.steps}; no hand-off is written"
             )
         last = read_json_lines(stage_dir / "metrics.jsonl")[-1]
-        MetricsLog(stage_dir).append_heldout(when="end", step=step, total_tokens=previous.total_tokens, losses=losses)
+        metrics.append_heldout(when="end", step=step, total_tokens=previous.total_tokens, losses=losses)
         checkpoint = f"checkpoints/iter_{step:07d}"
         drawn = {"rollouts": Drawn(samples=job.grpo.steps * job.grpo.samples_per_step, tokens=last["stage_tokens"])}
         previous.model_copy(
@@ -162,7 +178,7 @@ def _hand_off(recipe: Recipe, stage: str, run_dir: Path, job: Job, training_dige
             }
         ).write(stage_dir)
 
-    return hand_off
+    return Boundary(begin, end)
 
 
 def main(argv: list[str] | None = None) -> int:

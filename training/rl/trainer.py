@@ -74,16 +74,21 @@ class Trainer:
         self._reference = reference
         self._reward = reward
         self._state = state
-        self._metrics = MetricsLog(stage_dir)
+        self.metrics = MetricsLog(stage_dir)
         self._writes = torch.distributed.get_rank() == 0
         self._device = torch.cuda.current_device()
 
-    def run(self) -> bool:
-        """Train to the last step; False if it saved and left before (signal or time limit). SuspiciousResult by the stop rule."""
+    def run(self, begin: Callable[[], None] | None = None) -> bool:
+        """Train to the last step; False if it saved and left before (signal or time limit). SuspiciousResult by the stop rule.
+
+        `begin` is called on every rank before the first step, once the log stands where the checkpoint does.
+        """
         settings, began = self._settings, time.monotonic()
         if self._writes:
-            self._metrics.start(self._state.step)
-        self._metrics.start_clock()
+            self.metrics.start(self._state.step)
+        if begin is not None:
+            begin()
+        self.metrics.start_clock()
         while self._state.step < settings.steps:
             self._step()
             last = self._state.step == settings.steps
@@ -106,9 +111,9 @@ class Trainer:
         step = state.step + 1
         self._engine.update_weights(state.step * settings.optimizer_steps_per_rollout)
         rollouts = self._roll_out()
-        rollout_seconds = self._metrics.lap()
+        rollout_seconds = self.metrics.lap()
         tally, tokens, grad_norm, skipped, lr = self._train(rollouts, step)
-        train_seconds = self._metrics.lap()
+        train_seconds = self.metrics.lap()
         samples = rollouts.samples
         health = Health.of(
             tally,
@@ -127,7 +132,7 @@ class Trainer:
         )
         if self._writes:
             seconds = rollout_seconds + train_seconds
-            self._metrics.append_step(
+            self.metrics.append_step(
                 step=step,
                 loss=loss,
                 lr=lr,
@@ -336,7 +341,7 @@ class Trainer:
         if self._writes:
             prune(checkpoints, self._settings.keep_checkpoints)
             self._state.prune(self._stage_dir, self._settings.keep_checkpoints)
-        self._metrics.lap()  # saving belongs to no step
+        self.metrics.lap()  # saving belongs to no step
 
     def _record(self, samples: Sequence[Sample], rollouts: Rollouts, step: int) -> None:
         count = self._settings.record_samples

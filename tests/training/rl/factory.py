@@ -1,55 +1,81 @@
-"""Runs of the counting task on real ranks, for tests."""
+"""Runs of the counting task on real ranks, for tests. One process imports Megatron and makes them all, one after another."""
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 from training.files import read_json_lines
 from training.rl.demo import make_job
 from training.rl.job import Initial
 
-PROGRAM = """
-import sys
-from pathlib import Path
-from training import fast_import
-from training.rl.demo import reward
-from training.rl.grpo import run_stage
-fast_import.leave(run_stage(Path(sys.argv[1]), reward))
-"""
 SMALL = {"samples_per_prompt": 8, "micro_batch_samples": 20}
 """80 samples a step."""
 
 
 def prepare(folder, layout, *, initial=None, **settings):
-    """A stage folder with its job; `initial` is (stage folder, step)."""
+    """A stage folder with its job; `initial` is (stage folder, step), which may be made later."""
     folder.mkdir(parents=True)
     start = Initial(checkpoints=str(initial[0] / "checkpoints"), step=initial[1]) if initial else None
     make_job(folder / "inputs", layout, initial=start, **(SMALL | settings)).write(folder / "job.json")
-    if initial:  # the digest of a job holds the paths of its inputs' content only
-        assert (initial[0] / "checkpoints").is_dir()
     return folder
 
 
-def start(stage_dir):
-    """The stage command in the background; its output is appended to log.txt."""
-    with open(stage_dir / "log.txt", "a") as log:
-        return subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", PROGRAM, str(stage_dir)],
-            stdout=log,
+def drive(log, *runs):
+    """Run each of `runs` in a process of its own and return their exit codes, in order; its output goes to the file `log`.
+
+    A run is a stage folder; with `:kill=STEP`, a rank is ended with SIGKILL once that step is logged; with `:stop=STEP`, the stage is asked
+    to stop; with `:job=FILE`, that file of the folder becomes job.json first.
+    """
+    program = "from tests.training.rl.factory import _drive; _drive()"
+    codes = log.with_suffix(".codes")
+    with open(log, "a") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", program, str(codes), *map(str, runs)],
+            stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
+        assert process.wait(timeout=540) == 0, log.read_text()[-4000:]
+    return json.loads(codes.read_text())
 
 
-def run(stage_dir):
-    """The stage command to its end; returns the exit code."""
-    return start(stage_dir).wait(timeout=300)
+def _drive():
+    from training.pretrain import import_megatron_on
+    from training.rl.demo import reward
+    from training.rl.grpo import run_stage
+
+    import_megatron_on("cpu")
+    codes = []
+    for run in sys.argv[2:]:
+        name, _, what = run.partition(":")
+        folder, (verb, _, argument) = Path(name), what.partition("=")
+        if verb == "job":
+            shutil.copy(folder / argument, folder / "job.json")
+        elif verb:
+            threading.Thread(target=_interrupt, args=(folder / "metrics.jsonl", verb, int(argument)), daemon=True).start()
+        codes.append(run_stage(folder, reward))
+        print(f"{run}: exit code {codes[-1]}", flush=True)
+    Path(sys.argv[1]).write_text(json.dumps(codes))
 
 
-def log(stage_dir):
-    return (stage_dir / "log.txt").read_text()
+def _interrupt(metrics, verb, step):
+    """Once `metrics` has `step` lines: kill the last rank, a child of this process, or ask this process to stop."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= step:
+            if verb == "stop":
+                os.kill(os.getpid(), signal.SIGTERM)  # passed on to the ranks by training.stage
+            else:
+                children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+                os.kill(int(children[-1]), signal.SIGKILL)
+            return
+        time.sleep(0.005)
 
 
 def rows(stage_dir):
@@ -62,18 +88,3 @@ CLOCK = ("seconds", "rollout_seconds", "train_seconds", "tokens_per_second", "ti
 def exact(stage_dir):
     """What must be equal bit for bit: everything but the clock."""
     return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows(stage_dir)]
-
-
-def wait_for_step(stage_dir, step, process):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        done = rows(stage_dir)
-        if done and done[-1]["step"] >= step:
-            return done[-1]["step"]
-        assert process.poll() is None, log(stage_dir)[-3000:]
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} was not reached: {log(stage_dir)[-3000:]}")
-
-
-def sampler_state(stage_dir, step):
-    return json.loads((stage_dir / "sampler" / f"step_{step:07d}.json").read_text())

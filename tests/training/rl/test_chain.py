@@ -1,12 +1,15 @@
 """The stage in a chain: fine-tuning, reinforcement learning in another layout, export; each by the command that launchers start."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 from recipes.schema import Recipe
-from tests.training.factory import read_checkpoint, start_stage
+from tests.training.factory import read_checkpoint
 from tests.training.sft_factory import VOCAB_SIZE, make_data, make_recipe
 from training.files import read_json_lines
 
@@ -55,9 +58,28 @@ def run(tmp_path_factory):
     folder = root / "run"
     folder.mkdir()
     Recipe.model_validate(raw).write(folder / "recipe.json")
-    for stage in ("warm", "reinforce", "export"):
-        assert start_stage(folder, stage) == 0, (folder / "log.txt").read_text()[-4000:]
+    drive(root, f"{folder}:warm", f"{folder}:reinforce")
+    # Everything is trained and saved, only the hand-off is missing.
+    copy = root / "killed"
+    shutil.copytree(folder, copy)
+    (copy / "stages" / "reinforce" / "handoff.json").unlink()
+    drive(root, f"{copy}:reinforce", f"{folder}:export")
     return folder
+
+
+def drive(root, *jobs):
+    """The stage command for each RUN:STAGE, in one process that imports Megatron once."""
+    with open(root / "log.txt", "a") as log:
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", "from tests.training.sft_factory import drive; drive()", *jobs],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=True,
+            timeout=540,
+        )
+    text = (root / "log.txt").read_text()
+    assert all(f"{job}: exit code 0" in text for job in jobs), text[-4000:]
 
 
 def handoff(run, stage):
@@ -74,6 +96,10 @@ def test_the_hand_off_goes_through_the_stage(run):
     assert after["ledger"]["warm"] == before["ledger"]["warm"]
     assert after["heldout"].keys() == before["heldout"].keys()
     # three small steps move the held-out losses, and not far
+    start, end = read_json_lines(run / "stages" / "reinforce" / "heldout.jsonl")
+    assert (start["when"], end["when"]) == ("start", "end")
+    assert start["losses"] == pytest.approx(before["heldout"], abs=1e-5)
+    assert end["losses"] == after["heldout"]
     for category, loss in after["heldout"].items():
         assert 0 < abs(loss - before["heldout"][category]) < 0.5
     assert last["kind"] == "export"
@@ -100,15 +126,11 @@ def test_what_is_exported_is_what_was_reinforced(run):
     assert not embedding.equal(read_checkpoint(run / "stages" / "warm")["embedding.word_embeddings.weight"])
 
 
-def test_killed_before_the_hand_off(run, tmp_path):
-    """Everything is trained and saved, only the hand-off is missing: the same command writes it and trains nothing."""
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
-    stage = copy / "stages" / "reinforce"
-    (stage / "handoff.json").unlink()
-    before = (stage / "metrics.jsonl").read_text()
-    assert start_stage(copy, "reinforce") == 0, (copy / "log.txt").read_text()[-4000:]
-    assert (stage / "metrics.jsonl").read_text() == before
+def test_killed_before_the_hand_off(run):
+    """The same command writes it and trains nothing."""
+    copy = run.parent / "killed"
+    metrics = "stages/reinforce/metrics.jsonl"
+    assert (copy / metrics).read_text() == (run / metrics).read_text()
     ours, theirs = handoff(copy, "reinforce"), handoff(run, "reinforce")
     for key in ("heldout", "final_loss", "ledger", "training_digest", "checkpoint_files"):
         assert ours[key] == theirs[key], key

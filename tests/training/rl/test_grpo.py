@@ -1,14 +1,13 @@
 """The loop on real ranks: it learns, layouts agree, kills leave no trace, the stop rule stops."""
 
 import json
-import os
+import shutil
 import signal
-import subprocess
 
 import pytest
 
 from tests.training.factory import read_checkpoint
-from tests.training.rl.factory import exact, log, prepare, rows, run, sampler_state, start, wait_for_step
+from tests.training.rl.factory import drive, exact, prepare, rows
 from training.rl.job import Job
 
 pytestmark = pytest.mark.multirank
@@ -28,28 +27,47 @@ EVERYTHING = {
 }
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A run on one rank that has learned a little, on-policy and without a reference."""
-    folder = tmp_path_factory.mktemp("grpo") / "base"
-    prepare(folder, "single", steps=30, samples_per_prompt=32, micro_batch_samples=160, learning_rate=5e-3)
-    assert run(folder) == 0, log(folder)[-3000:]
-    return folder
+LAYOUTS = ("single", "tp2_sp", "pp2", "dp2")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(base):
-    """layout -> a run with EVERYTHING from the base's checkpoint; each made once."""
-    made = {}
+def home(tmp_path_factory):
+    """All runs of this file, made by one process: a base that learns a little, on-policy and without a reference, and what starts from it."""
+    home = tmp_path_factory.mktemp("grpo")
+    base = prepare(home / "base", "single", steps=30, samples_per_prompt=32, micro_batch_samples=160, learning_rate=5e-3)
+    begin = (base, 30)
+    for layout in LAYOUTS:
+        prepare(home / layout, layout, initial=begin, **EVERYTHING)
+    for layout in ("single", "pp2"):
+        prepare(home / f"killed-{layout}", layout, initial=begin, **EVERYTHING)
+    preempted = prepare(home / "preempted", "single", initial=begin, **EVERYTHING)
+    shutil.copy(home / "pp2" / "job.json", preempted / "other.json")
+    stopped = {"steps": 2, "save_interval_steps": 1, "kl_coefficient": 0.05, "stop": {"max_mean_gap_nats": 1e-12}}
+    prepare(home / "stopped", "dp2", initial=begin, **stopped)
+    runs = {
+        "base": 0,
+        **dict.fromkeys(LAYOUTS, 0),
+        "killed-single:kill=3": 128 + signal.SIGKILL,
+        "killed-single": 0,
+        "killed-pp2:kill=3": 128 + signal.SIGKILL,
+        "killed-pp2": 0,
+        "preempted:stop=1": 75,
+        "preempted:job=other.json": 0,
+        "stopped": 17,
+    }
+    codes = dict(zip(runs, drive(home / "log.txt", *(home / run for run in runs)), strict=True))
+    # A last step may be over before a kill comes.
+    assert all(code == runs[run] or (":kill" in run and code == 0) for run, code in codes.items()), codes
+    return home
 
-    def get(layout):
-        if layout not in made:
-            folder = prepare(base.parent / f"undisturbed-{layout}", layout, initial=(base, 30), **EVERYTHING)
-            assert run(folder) == 0, log(folder)[-3000:]
-            made[layout] = folder
-        return made[layout]
 
-    return get
+@pytest.fixture
+def base(home):
+    return home / "base"
+
+
+def log(home):
+    return (home / "log.txt").read_text()
 
 
 def test_it_learns(base):
@@ -68,16 +86,19 @@ def test_it_learns(base):
     assert {"prompt", "completion", "reward", "advantage", "truncated"} <= set(samples[0])
 
 
-def test_a_finished_stage_is_not_run_again(base):
+def test_a_finished_stage_is_not_run_again(base, capsys):
+    from training.rl.demo import reward
+    from training.rl.grpo import run_stage
+
     before = exact(base)
-    assert run(base) == 0
-    assert "finished (result.json is there)" in log(base)
+    assert run_stage(base, reward) == 0
+    assert "finished (result.json is there)" in capsys.readouterr().out
     assert exact(base) == before
 
 
-def test_the_reference_is_where_the_stage_began(undisturbed):
+def test_the_reference_is_where_the_stage_began(home):
     """The policy moves away from the base's weights, where it began."""
-    done = rows(undisturbed("single"))
+    done = rows(home / "single")
     divergences = [row["divergence_nats"] for row in done]
     assert divergences == sorted(divergences)
     assert 0 < divergences[0] < 0.01  # the second of two optimizer steps has moved a little already
@@ -85,10 +106,10 @@ def test_the_reference_is_where_the_stage_began(undisturbed):
     assert [row["lr"] for row in done] == pytest.approx([2e-3 * s for s in (2 / 3, 1, 1, 1)])
 
 
-@pytest.mark.parametrize("layout", ["tp2_sp", "pp2", "dp2"])
-def test_every_layout_trains_the_same(undisturbed, layout):
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_every_layout_trains_the_same(home, layout):
     """The same samples (so the same rewards and lengths), and losses within what float32 leaves of a sum in another order."""
-    reference, other = rows(undisturbed("single")), rows(undisturbed(layout))
+    reference, other = rows(home / "single"), rows(home / layout)
     for a, b in zip(reference, other, strict=True):
         for key in ("reward", "response_tokens", "truncated_share", "no_signal_share", "prompt_position", "stage_tokens", "lr"):
             assert a[key] == pytest.approx(b[key], abs=1e-12), key
@@ -99,53 +120,31 @@ def test_every_layout_trains_the_same(undisturbed, layout):
 
 
 @pytest.mark.parametrize("layout", ["single", "pp2"])
-def test_kill_and_the_same_command_again(base, undisturbed, layout):
-    folder = prepare(base.parent / f"killed-{layout}", layout, initial=(base, 30), **EVERYTHING)
-    process = start(folder)
-    wait_for_step(folder, 3, process)
-    (child, *_) = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
-    os.kill(int(child), signal.SIGKILL)
-    assert process.wait(timeout=60) in (0, 128 + signal.SIGKILL)  # on a fast machine it may have just finished
-    (folder / "result.json").unlink(missing_ok=True)
-    assert run(folder) == 0, log(folder)[-3000:]
-    assert "resume from step" in log(folder)
-    assert exact(folder) == exact(undisturbed(layout))
-    assert sampler_state(folder, 4) == sampler_state(undisturbed(layout), 4)
-    ours, theirs = read_checkpoint(folder), read_checkpoint(undisturbed(layout))
-    assert ours.keys() == theirs.keys()
-    for key, tensor in theirs.items():
-        assert tensor.equal(ours[key]), key
+def test_kill_and_the_same_command_again(home, layout):
+    ours, theirs = home / f"killed-{layout}", home / layout
+    assert f"killed-{layout}: resume from step 2" in log(home)
+    assert exact(ours) == exact(theirs)
+    state = "sampler/step_0000004.json"
+    assert (ours / state).read_text() == (theirs / state).read_text()
+    found, expected = read_checkpoint(ours), read_checkpoint(theirs)
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert tensor.equal(found[key]), key
 
 
-def test_sigterm_saves_and_another_layout_goes_on(base, undisturbed):
-    folder = prepare(base.parent / "preempted", "single", initial=(base, 30), **EVERYTHING)
-    process = start(folder)
-    wait_for_step(folder, 1, process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 75, log(folder)[-3000:]
-    job = Job.read(folder / "job.json")
-    job.model_copy(update={"parallel": Job.read(undisturbed("pp2") / "job.json").parallel}).write(folder / "job.json")
-    assert run(folder) == 0, log(folder)[-3000:]
-    for a, b in zip(rows(undisturbed("single")), rows(folder), strict=True):
+def test_sigterm_saves_and_another_layout_goes_on(home):
+    assert "preempted: resume from step" in log(home)
+    for a, b in zip(rows(home / "single"), rows(home / "preempted"), strict=True):
         assert a["reward"] == pytest.approx(b["reward"], abs=1e-12)
         assert abs(a["loss"] - b["loss"]) < 1e-5
 
 
-def test_the_stop_rule_ends_the_stage_before_it_saves(base):
-    folder = prepare(
-        base.parent / "stopped",
-        "dp2",
-        initial=(base, 30),
-        steps=2,
-        save_interval_steps=1,
-        kl_coefficient=0.05,
-        stop={"max_mean_gap_nats": 1e-12},
-    )
-    assert run(folder) == 17
-    assert "step 1: rollout and training disagree: the mean gap of their log-probabilities is" in log(folder)
+def test_the_stop_rule_ends_the_stage_before_it_saves(home):
+    folder = home / "stopped"
+    assert "step 1: rollout and training disagree: the mean gap of their log-probabilities is" in log(home)
     (row,) = rows(folder)
     assert row["divergence_nats"] < 1e-12  # before the first update policy and reference are the same
-    assert not (folder / "checkpoints").exists() or not list((folder / "checkpoints").glob("iter_*"))
+    assert not list(folder.glob("checkpoints/iter_*"))
     assert not (folder / "result.json").exists()
 
 
@@ -158,11 +157,9 @@ def refused(folder, capsys):
     return capsys.readouterr().err
 
 
-def test_a_resume_must_not_change_what_is_learned(undisturbed, tmp_path, capsys):
-    import shutil
-
+def test_a_resume_must_not_change_what_is_learned(home, tmp_path, capsys):
     folder = tmp_path / "changed"
-    shutil.copytree(undisturbed("single"), folder)
+    shutil.copytree(home / "single", folder)
     job = Job.read(folder / "job.json")
     job.model_copy(update={"grpo": job.grpo.model_copy(update={"learning_rate": 1.0})}).write(folder / "job.json")
     assert "a resume must not change what is learned" in refused(folder, capsys)

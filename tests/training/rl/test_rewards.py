@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.training.rl.factory import log, prepare, rows
+from tests.training.rl.factory import prepare, rows
 from training.rl.job import Job
 
 pytestmark = pytest.mark.multirank
@@ -19,6 +19,10 @@ PLAN = {
     },
     "workers": 1,
 }
+
+
+def log(stage):
+    return (stage / "log.txt").read_text()
 
 
 def command(stage):

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("httpx")
 
 from recipes.posttrain import Rollout
-from tests.training.rl.factory import log, prepare, rows, run
+from tests.training.rl.factory import drive, prepare, rows
 from tests.training.rl.vllm_double import VllmDouble
 from training.rl.engine import Request
 from training.rl.sampling import request_seed
@@ -165,7 +165,7 @@ def test_a_run_whose_rollouts_come_from_the_server(tmp_path):
                 },
             },
         )
-        assert run(stage) == 0, log(stage)[-3000:]
+        assert drive(tmp_path / "log.txt", stage) == [0], (tmp_path / "log.txt").read_text()[-3000:]
     finally:
         double.close()
     assert double.calls == {"/collective_rpc": 2, "/reset_prefix_cache": 2, "/v1/completions": 80}
