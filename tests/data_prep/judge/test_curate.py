@@ -18,6 +18,7 @@ from data_prep.judge.client import Endpoint
 from data_prep.judge.config import load_curation, load_rubric
 from data_prep.judge.curate import Request, curate
 from data_prep.judge.estimate import Estimate, Prices
+from data_prep.plain_files import file_sha256
 from data_prep.progress import Silent
 from tests.data_prep.judge import stub
 from tests.data_prep.judge.stub import CLOSE, DRIP, HALF_BODY, HANG, Stub, answer, read, says, status, write_samples
@@ -177,6 +178,58 @@ def test_killed_at_any_point_no_judged_sample_is_asked_about_again(tmp_path):
         curate(request(tmp_path / "whole", server.url, [path]), Silent())
     for name in (*OUTCOMES, "audit"):
         assert (tmp_path / "whole" / f"{name}.jsonl").read_bytes() == (folder / f"{name}.jsonl").read_bytes()
+
+
+def test_killed_at_any_step_of_writing_the_record_never_vouches_for_what_is_not_there(tmp_path):
+    path = write_samples(tmp_path / "samples.jsonl", [stub.sample(mark) for mark in range(12)])
+    (tmp_path / "strict.yaml").write_text("base: general\nname: strict\nthresholds: {accept: 4.9, borderline: 4.8}\n")
+    folder, names = tmp_path / "out", [f"{name}.jsonl" for name in (*OUTCOMES, "audit")]
+    with Stub(lambda mark, *_: says(VERDICTS[mark % 4][0])) as server:
+        requests = [request(folder, server.url, [path], rubric=rubric) for rubric in ("general", str(tmp_path / "strict.yaml"))]
+        curate(requests[0], Silent())
+    written = []  # by each of the two rubrics
+    for r in requests:
+        curate(r, Silent())  # nobody is asked: the server is gone
+        written.append([(folder / name).read_bytes() for name in names])
+    assert written[0] != written[1]
+    step, ended = 0, False
+    while not ended:
+        step += 1
+        ended = _dies_at(step, requests[step % 2])
+        if (folder / "record.json").exists():
+            record = json.loads((folder / "record.json").read_text())
+            assert all(file_sha256(folder / name) == file["sha256"] for name, file in record["files"].items())
+    assert step > 2 * len(names)
+    curate(requests[0], Silent())
+    assert [(folder / name).read_bytes() for name in names] == written[0]
+    assert sorted(p.name for p in folder.iterdir() if not p.name.startswith("cache")) == sorted(
+        [".lock", *names, "record.json"]
+    )
+
+
+def _dies_at(step, request):
+    """Run in a child that is killed at this call of os.replace or os.fsync; True when it came to its end first."""
+    child = os.fork()
+    if child == 0:
+        left = step
+
+        def counted(call):
+            def stepped(*arguments):
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*arguments)
+
+            return stepped
+
+        os.replace, os.fsync = counted(os.replace), counted(os.fsync)
+        try:
+            curate(request, Silent())
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return not os.WIFSIGNALED(status)
 
 
 def _keys(tmp_path, url, path):
