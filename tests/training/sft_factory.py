@@ -155,6 +155,34 @@ def make_data(root, count=200):
     return recipe
 
 
+def hugging_face_model(stage_dir, folder):
+    """transformers' Granite in fp32 with the weights that `stage_dir` handed off, exported into `folder`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from model.convert import export
+
+    checkpoint = json.loads((stage_dir / "handoff.json").read_text())["checkpoint"]
+    export(stage_dir / checkpoint, folder, dtype="fp32", write_tokenizer=lambda f: None)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def losses_alone(model, store, numbers):
+    """(sum of the losses, number of loss tokens) of samples, each alone through `model`."""
+    import torch
+
+    total, count = 0.0, 0
+    for number in numbers:
+        tokens, learned = store.sample(int(number))
+        ids = torch.tensor(tokens.astype(np.int64))
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0, :-1]
+        nats = torch.nn.functional.cross_entropy(logits.double(), ids[1:], reduction="none")
+        total += float(nats[torch.tensor(learned[1:] == 1)].sum())
+        count += int(learned[1:].sum())
+    return total, count
+
+
 def drive():
     """Main of a process of its own: the jobs of argv[1:] by the stage command; torch and Megatron are imported once.
 

@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 
 from data_prep.sft import main as prepare_command
 from data_prep.sft_manifest import PackedSequences, SampleStore, SftManifest, manifest_path
-from model.convert import export
-from tests.training.sft_factory import make_data, make_recipe
+from tests.training.sft_factory import hugging_face_model, losses_alone, make_data, make_recipe
 from training import cpu_backend
 from training import stage as stage_command
 from training.arguments import NOMINAL_LR
@@ -87,35 +86,14 @@ def exact(found):
 @pytest.fixture(scope="module")
 def hugging_face(runs, tmp_path_factory):
     """f(stage, numbers of samples) -> (sum of the losses, number of loss tokens), each sample alone through transformers' Granite."""
-    from transformers import AutoModelForCausalLM
-
-    root = runs["root"]
-    models = {}
+    root, models = runs["root"], {}
 
     def load(stage):
         stage_dir = (runs["base"] if stage == "warm" else runs["single"]) / "stages" / stage
-        checkpoint = json.loads((stage_dir / "handoff.json").read_text())["checkpoint"]
-        folder = tmp_path_factory.mktemp(f"hf-{stage}") / "hf"
-        export(stage_dir / checkpoint, folder, dtype="fp32", write_tokenizer=lambda f: None)
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return hugging_face_model(stage_dir, tmp_path_factory.mktemp(f"hf-{stage}") / "hf")
 
     store = SampleStore(SftManifest.read(manifest_path(root / "data", "sft")), root / "data")
-
-    def losses(stage, numbers):
-        model = models.get(stage) or models.setdefault(stage, load(stage))
-        total, count = 0.0, 0
-        for number in numbers:
-            tokens, learned = store.sample(int(number))
-            with torch.no_grad():
-                logits = model(torch.tensor(tokens[None].astype(np.int64))).logits[0, :-1]
-            nats = torch.nn.functional.cross_entropy(
-                logits.double(), torch.tensor(tokens[1:].astype(np.int64)), reduction="none"
-            )
-            total += float(nats[torch.tensor(learned[1:] == 1)].sum())
-            count += int(learned[1:].sum())
-        return total, count
-
-    return losses
+    return lambda stage, numbers: losses_alone(models.get(stage) or models.setdefault(stage, load(stage)), store, numbers)
 
 
 def heldout_numbers(root):
