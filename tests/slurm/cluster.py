@@ -1,4 +1,4 @@
-"""A real Slurm with accounting on this machine: two nodes of eight GPUs (links to /dev/null), for tests."""
+"""A real Slurm with accounting on this machine: two nodes of eight GPUs (links to /dev/null), for tests; partition `steady` is n1 only."""
 
 import contextlib
 import getpass
@@ -65,13 +65,13 @@ class SlurmCluster:
             states = self.job_states(ids)
             return len(states) == len(ids) and not live & set(states.values())
 
-        self._until(ended, timeout_s, f"jobs {ids} to end")
+        self.until(ended, timeout_s, f"jobs {ids} to end")
         return self.job_states(ids)
 
     def restart_controller(self) -> None:
         self._stop_daemon("slurmctld")
         self._start("slurmctld", "-f", str(self.root / "slurm.conf"))
-        self._until(self._answers, 20, "slurmctld to answer")
+        self.until(self._answers, 20, "slurmctld to answer")
 
     def node_down(self, name: str) -> None:
         """As a dead node: its slurmd and the steps die, and the controller is told."""
@@ -81,8 +81,19 @@ class SlurmCluster:
 
     def node_up(self, name: str) -> None:
         self._start("slurmd", "-N", name, "-f", str(self.root / "slurm.conf"))
-        self.run("scontrol", "update", f"nodename={name}", "state=resume")
-        self._until(lambda: "DOWN" not in self.run("scontrol", "show", "node", name), 20, f"node {name} to return")
+        self.resume(name)
+
+    def resume(self, name: str) -> None:
+        """Take a node back; Slurm may have done so by itself when its slurmd spoke up (ReturnToService), and refuses it then."""
+
+        def back() -> bool:
+            if "DOWN" in self.run("scontrol", "show", "node", name):
+                with contextlib.suppress(RuntimeError):
+                    self.run("scontrol", "update", f"nodename={name}", "state=resume")
+                return False
+            return True
+
+        self.until(back, 30, f"node {name} to return")
 
     def requeue(self, job: str) -> None:
         self.run("scontrol", "requeue", job)
@@ -103,7 +114,7 @@ class SlurmCluster:
         except (RuntimeError, subprocess.TimeoutExpired):
             return False
 
-    def _until(self, ready, timeout_s: float, what: str) -> None:
+    def until(self, ready, timeout_s: float, what: str) -> None:
         end = time.monotonic() + timeout_s
         while not ready():
             if time.monotonic() > end:
@@ -178,8 +189,10 @@ ReturnToService=2 JobRequeue=1 KillWait=5 OverTimeLimit=0 MinJobAge=3600 Inactiv
 MailProg=/bin/true AccountingStorageType=accounting_storage/slurmdbd AccountingStorageHost=127.0.0.1
 AccountingStoragePort={dbd} AccountingStoragePass={munge} AccountingStorageTRES=gres/gpu"""
         node = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs=8 RealMemory=16000 Gres=gpu:8"
-        lines = [*options.split(), f"NodeName=n1 Port={d1} {node}", f"NodeName=n2 Port={d2} {node}"]
+        # The lighter node is taken first: what runs in `batch` begins on n2, so that a drill may take it down while n1 serves others.
+        lines = [*options.split(), f"NodeName=n1 Port={d1} Weight=2 {node}", f"NodeName=n2 Port={d2} Weight=1 {node}"]
         lines.append("PartitionName=batch Nodes=n1,n2 Default=YES MaxTime=60 DefaultTime=5 OverSubscribe=FORCE:4")
+        lines.append("PartitionName=steady Nodes=n1 MaxTime=60 DefaultTime=5 OverSubscribe=FORCE:4")
         (r / "slurm.conf").write_text("\n".join(lines) + "\n")
         dbd_options = f"""AuthType=auth/munge AuthInfo=socket={munge} DbdHost=localhost DbdAddr=127.0.0.1 DbdPort={dbd}
 CommunicationParameters=NoInAddrAny SlurmUser={user} PidFile={r}/slurmdbd.pid LogFile={r}/log/slurmdbd.log
@@ -198,16 +211,16 @@ StorageType=accounting_storage/mysql StorageHost=localhost StorageUser=root Stor
                 env=self.env, stdout=sink, stderr=sink, start_new_session=True)  # fmt: skip
         (r / "mariadbd.pid").write_text(str(self._db.pid))
         ping = ["mariadb-admin", "--no-defaults", "-uroot", "-S", f"{r}/db.sock", "ping"]
-        self._until(lambda: not subprocess.run(ping, capture_output=True, timeout=5).returncode, 20, "MariaDB")
+        self.until(lambda: not subprocess.run(ping, capture_output=True, timeout=5).returncode, 20, "MariaDB")
         self._start("slurmdbd", MYSQL_UNIX_PORT=f"{r}/db.sock", SLURM_CONF=f"{r}/slurmdbd.conf")
 
         def dbd_listens() -> bool:
             with socket.socket() as probe:
                 return probe.connect_ex(("127.0.0.1", dbd)) == 0
 
-        self._until(dbd_listens, 30, "slurmdbd")
+        self.until(dbd_listens, 30, "slurmdbd")
         self._start("slurmctld", "-c", "-f", f"{r}/slurm.conf")
         for name in ("n1", "n2"):
             self._start("slurmd", "-N", name, "-f", f"{r}/slurm.conf")
-        self._until(self._answers, 20, "slurmctld to answer")
-        self._until(lambda: len(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%n").split()) == 2, 30, "idle nodes")
+        self.until(self._answers, 20, "slurmctld to answer")
+        self.until(lambda: len(set(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split())) == 2, 30, "idle nodes")

@@ -1,126 +1,82 @@
 """A chain of stages on a real Slurm through `quarry launch cluster=slurm`: what clusters do to it, and that its numbers do not change.
 
-One local run of the same recipe is the reference: every drill must end with its losses, bit for bit.
+One local run of the same recipe is the reference: a drill that a chain must survive ends with its losses, bit for bit. Drills that must
+stop a chain begin behind the reference's first stage, so that nothing is trained for them twice. All share one cluster and run beside
+each other where that spares waiting: a requeued job waits 5 s for Slurm's credential to expire, a time limit a minute.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
+from tests.slurm.bench import ON_N1, QUARRY, SLURM, STAGES, Bench, decisions, drill, journal
+
 pytestmark = [pytest.mark.slurm, pytest.mark.multirank]
-
-QUARRY = str(Path(sys.executable).with_name("quarry"))
-STAGES = ("foundation", "capability", "export")
-RECIPE = (
-    "curriculum=smoke",
-    f"stages=[{','.join(STAGES)}]",
-    "phase.foundation.tokens=40960",
-    "phase.capability.tokens=81920",
-    "phase.foundation.save_interval_steps=10",
-    "phase.capability.save_interval_steps=10",
-)
-SLURM = (
-    "cluster=slurm",
-    "cluster.gpu=cpu",
-    "cluster.threads_per_rank=1",
-    "cluster.options.account=ci",
-    "cluster.options.partition=batch",
-    "cluster.options.time='00:10:00'",
-    "cluster.options.signal_seconds_before_limit=60",
-)
-TIMES = ("seconds", "tokens_per_second", "time")
-LIMIT_SECONDS = 240.0
-
-
-def rows(run: Path, stage: str) -> list[dict[str, Any]]:
-    """What was logged at each step, without what time it took."""
-    lines = (run / "stages" / stage / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
-
-
-def journal(run: Path, event: str, stage: str | None = None) -> list[dict[str, Any]]:
-    path = run / "journal.jsonl"
-    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [row for row in found if row["event"] == event and stage in (None, row.get("stage"))]
-
-
-class Bench:
-    """A folder with the data of the recipe and the local reference run, and a Slurm to launch on."""
-
-    def __init__(self, home: Path, slurm: Any) -> None:
-        self.home, self.slurm = home, slurm
-        self.environment = {**os.environ, **slurm.env}
-        self.reference = self.launch_locally("reference")
-
-    def command(self, name: str, *more: str) -> list[str]:
-        places = (f"cluster.runs_root={self.home / 'runs'}", f"data.root={self.home / 'data'}")
-        return [QUARRY, "launch", *RECIPE, *more, *places, "--run", name]
-
-    def launch_locally(self, name: str) -> Path:
-        done = subprocess.run(self.command(name, "cluster=local"), cwd=self.home, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return self.home / "runs" / name
-
-    def submit(self, name: str, *more: str) -> Path:
-        done = subprocess.run(
-            self.command(name, *SLURM, *more),
-            cwd=self.home,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return self.home / "runs" / name
-
-    def jobs(self, run: Path) -> dict[str, str]:
-        """Stage -> the job that was last submitted for it."""
-        return {row["stage"]: row["job"] for row in journal(run, "submitted")}
-
-    def finish(self, run: Path) -> None:
-        self.wait(lambda: not self.alive(run), run)
-        assert (run / "stages" / STAGES[-1] / "handoff.json").exists(), self.explain(run)
-        for stage in STAGES[:-1]:
-            assert rows(run, stage) == rows(self.reference, stage), stage
-
-    def alive(self, run: Path) -> list[str]:
-        listed = self.slurm.run("squeue", "-h", "-o", "%i %j").split("\n")
-        return [line for line in listed if f"quarry.{run.name}." in line]
-
-    def wait(self, condition: Callable[[], Any], run: Path) -> None:
-        deadline = time.monotonic() + LIMIT_SECONDS
-        while not condition():
-            assert time.monotonic() < deadline, "too slow: " + self.explain(run)
-            time.sleep(0.2)
-
-    def wait_for_step(self, run: Path, stage: str, step: int) -> None:
-        path = run / "stages" / stage / "metrics.jsonl"
-        self.wait(lambda: path.exists() and len(path.read_bytes().splitlines()) >= step, run)
-
-    def explain(self, run: Path) -> str:
-        parts = [(run / "journal.jsonl").read_text()[-3000:]]
-        parts += [path.read_text(errors="replace")[-1500:] for path in sorted(run.glob("stages/*/log.txt"))]
-        parts += [path.read_text(errors="replace")[-1500:] for path in sorted(run.glob(".nemo-run/experiments/*/*/*/*.out"))]
-        return "\n----\n".join([*parts, self.slurm.run("squeue")])
 
 
 @pytest.fixture(scope="module")
-def bench(slurm: Any, tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("chain"), slurm)
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """The reference run, which trains while Slurm boots."""
+    bench = Bench(tmp_path_factory.mktemp("chain"))
+    yield bench
+    bench.close()
 
 
-def test_submitted_at_once_it_runs_to_the_end_and_equals_the_local_chain(bench: Bench) -> None:
+@pytest.fixture(scope="module")
+def bench(begun: Bench, slurm) -> Bench:
+    return begun.ready(slurm)
+
+
+@pytest.fixture(scope="module")
+def limited(bench: Bench) -> Path:
+    """A run in slices of its time limit. It sleeps most of the time, so it begins first and is looked at last.
+
+    Slurm looks at limits every 30 s: the signal for 1 s before the limit of 60 s comes 29 to 59 s after the start.
+    """
+    limit = ("cluster.options.time='00:01:00'", "cluster.options.signal_seconds_before_limit=1")
+    return bench.submit(
+        "limited", ON_N1, *limit, *drill(waits="foundation/4", saves="foundation/8=LIMIT"), "--to", "foundation"
+    )
+
+
+@pytest.mark.usefixtures("begun")
+def test_facts_of_slurm_that_the_launcher_relies_on(slurm) -> None:
+    """An afterok chain runs in order; a failure cancels all behind it; a requeue counts and keeps what waits; GPUs are visible."""
+
+    def submit(command: str, *options: str) -> str:
+        return slurm.run("sbatch", "--parsable", f"--output={slurm.root}/%j.out", *options, f"--wrap={command}")
+
+    def behind(job: str, command: str) -> str:
+        return submit(command, f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes")
+
+    requeued = submit('[ "$SLURM_RESTART_COUNT" = 1 ] || sleep 60', "--requeue")
+    kept = behind(requeued, "true")
+    order = slurm.root / "order"
+    chain = [submit(f"echo a >> {order}")]
+    chain += [behind(chain[-1], f"echo b >> {order}")]
+    chain += [behind(chain[-1], f"echo c >> {order}")]
+    failing = [submit("sleep 1; exit 3")]
+    failing += [behind(failing[-1], "true")]
+    failing += [behind(failing[-1], "true")]
+    gpus = submit("echo $CUDA_VISIBLE_DEVICES", "--gres=gpu:2")
+    slurm.until(lambda: slurm.run("squeue", "-h", "-o", "%T", "-j", requeued) == "RUNNING", 60, f"job {requeued} to run")
+    slurm.requeue(requeued)
+    states = slurm.wait([requeued, kept, *chain, *failing, gpus], timeout_s=90)
+    assert [states[job] for job in failing] == ["FAILED", "CANCELLED", "CANCELLED"]
+    assert {states[job] for job in (requeued, kept, *chain, gpus)} == {"COMPLETED"}
+    assert order.read_text().split() == ["a", "b", "c"]
+    assert len((slurm.root / f"{gpus}.out").read_text().strip().split(",")) == 2
+
+
+def test_submitted_at_once_it_runs_to_the_end_and_equals_the_local_chain(bench: Bench, limited: Path) -> None:
     run = bench.submit("whole")
     jobs = bench.jobs(run)
     assert list(jobs) == ["data", *STAGES]
@@ -128,35 +84,30 @@ def test_submitted_at_once_it_runs_to_the_end_and_equals_the_local_chain(bench: 
         shown = bench.slurm.run("scontrol", "show", "job", jobs[stage])
         assert f"Dependency=afterok:{jobs[before]}" in shown, shown
     bench.finish(run)
-    for name in (*STAGES[:-1], "export"):
-        ours = json.loads((run / "stages" / name / "handoff.json").read_text())
-        theirs = json.loads((bench.reference / "stages" / name / "handoff.json").read_text())
-        assert ours["heldout"] == theirs["heldout"], name
-    again = subprocess.run(
-        bench.command("whole", *SLURM), cwd=bench.home, env=bench.environment, capture_output=True, text=True, check=True
-    )
-    assert "nothing to start" in again.stdout + again.stderr
+    assert "nothing to start" in bench.quarry(*bench.command("whole", *SLURM))[1]
     assert bench.jobs(run) == jobs, "a finished run submits nothing"
 
 
 def test_what_clusters_do_leaves_the_numbers_alone(bench: Bench) -> None:
-    """One chain through a restarted controller, a requeue by an operator, a rank killed with -9 and a node that goes down."""
-    run = bench.submit("drilled")
+    """One chain through a restarted controller, a requeue by an operator, a rank killed with -9 and a node taken down."""
+    run = bench.submit("drilled", *drill(seconds=0.3))
     bench.wait_for_step(run, "foundation", 2)
     bench.slurm.restart_controller()
     bench.wait_for_step(run, "foundation", 6)
     assert len(journal(run, "started", "foundation")) == 1, "a running job must not notice the controller"
-    bench.slurm.run("scontrol", "requeue", bench.jobs(run)["foundation"])
-    bench.wait_for_step(run, "capability", 12)
+    bench.slurm.requeue(bench.jobs(run)["foundation"])
+    bench.wait_for_step(run, "capability", 6)
     ranks = [p for p in psutil.process_iter() if {"training.stage", str(run), "capability"} <= set(_cmdline(p))]
     max(ranks, key=lambda p: p.pid).send_signal(signal.SIGKILL)
     bench.wait(lambda: len(journal(run, "started", "capability")) == 2, run)
-    bench.wait_for_step(run, "capability", 24)
-    node = bench.slurm.run("squeue", "-h", "-o", "%N", "-j", bench.jobs(run)["capability"]).strip()
+    bench.wait_for_step(run, "capability", 10)
+    node = bench.node_of(run, "capability")
     bench.slurm.run("scontrol", "update", f"nodename={node}", "state=down", "reason=drill")
+    bench.wait(lambda: len(journal(run, "started", "capability")) == 3, run)
+    bench.slurm.resume(node)
     bench.finish(run)
-    assert [row["decision"] for row in journal(run, "decision", "foundation")] == ["again", "next"]
-    assert journal(run, "decision", "capability")[0]["decision"] == "again"
+    assert decisions(run, "foundation") == ["again", "next"]
+    assert decisions(run, "capability")[0] == "again"
     assert len(journal(run, "started", "foundation")) == 2
     assert len(journal(run, "started", "capability")) == 3, "a lost node's job is started again"
 
@@ -168,11 +119,19 @@ def _cmdline(process: psutil.Process) -> list[str]:
         return []
 
 
-def test_the_launcher_is_killed_between_two_submissions(bench: Bench) -> None:
-    name = "launcher"
+def test_preempted_inside_a_save_and_a_node_whose_slurmd_dies(bench: Bench) -> None:
+    """Its launcher was killed between two submissions, too.
+
+    SIGTERM comes when the first stage has written the tensors of a checkpoint but not the rest: that save is finished, and the stage goes on
+    from there. In the second stage the job is requeued inside a save and killed before it is whole: it goes on from the one before.
+    """
+    name = "preempted"
     run = bench.home / "runs" / name
+    arguments = bench.command(
+        name, *SLURM, "--accept-changes", *drill(seconds=0.4, saves="foundation/4=TERM,capability/8=REQUEUE")
+    )
     launcher = subprocess.Popen(
-        bench.command(name, *SLURM), cwd=bench.home, env=bench.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [QUARRY, *arguments], cwd=bench.home, env=bench.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     while len(journal(run, "submitted")) < 2:
         assert launcher.poll() is None
@@ -180,34 +139,94 @@ def test_the_launcher_is_killed_between_two_submissions(bench: Bench) -> None:
     launcher.kill()
     launcher.wait()
     assert len(journal(run, "submitted")) < 1 + len(STAGES), "killed too late"
-    bench.submit(name)
+    code, output = bench.quarry(*arguments)
+    assert code == 0, output
     names = [line.split()[1] for line in bench.alive(run)]
     assert len(names) == len(set(names)), f"a stage was submitted twice: {names}"
+
+    bench.wait_for_step(run, "capability", 10)  # behind both saves
+    node = bench.node_of(run, "capability")
+    bench.slurm.node_down(node)
+    bench.wait(lambda: len(journal(run, "started", "capability")) == 3, run)
+    bench.slurm.node_up(node)
     bench.finish(run)
+    assert decisions(run, "foundation") == ["again", "next"]
+    interrupted = journal(run, "outcome", "foundation")[0]
+    assert (interrupted["exit_code"], interrupted["reason"]) == (75, "saved, to be resumed after SIGTERM")
+    killed, lost, finished = journal(run, "decision", "capability")
+    assert [killed["step"], lost["step"], finished["decision"]] == [4, 8, "next"], "from the whole checkpoint before"
+    assert "without a trace" in lost["reason"]
 
 
-def test_a_damaged_checkpoint_stops_the_chain_and_nothing_runs_behind_it(bench: Bench) -> None:
-    run = bench.submit("damaged", "--to", "foundation")
-    bench.wait(lambda: not bench.alive(run), run)
-    checkpoint = max((run / "stages" / "foundation" / "checkpoints").rglob("*.distcp"), key=lambda path: path.stat().st_size)
-    content = bytearray(checkpoint.read_bytes())
+def test_a_time_limit_is_only_the_end_of_a_slice(bench: Bench, limited: Path) -> None:
+    """Three slices of one stage: the signal before Slurm's own limit, the limit itself inside a save that does not end, the end."""
+    bench.finish(limited, STAGES[:1])
+    first, second, *_, last = journal(limited, "decision", "foundation")
+    assert (first["decision"], first["reason"]) == ("again", "saved at step 4, to be resumed")
+    assert (second["decision"], second["step"]) == ("again", 4)
+    assert "killed at the limit" in second["reason"]
+    assert last["decision"] == "next"
+
+
+def test_what_must_stop_a_chain_stops_it(bench: Bench) -> None:
+    """All at once: each run stops where its fault is, `quarry status` has the reason, and nothing behind it starts."""
+
+    def launch(name: str, *more: str) -> Path:
+        return bench.submit(name, ON_N1, *more, "--accept-changes")
+
+    data, rotten_data = str(bench.home / "data"), str(bench.home / "rotten_data")
+    shutil.copytree(data, rotten_data, symlinks=True)
+    bench.after_foundation("rotten", (data, rotten_data))
+    rotten = launch("rotten", f"data.root={rotten_data}")
+    # Held until the data job has found everything in order: the file goes bad behind it.
+    bench.slurm.run("scontrol", "hold", bench.jobs(rotten)["capability"])
+
+    bench.after_foundation("nan")
+    nan = launch("nan", *(f"phase.capability.schedule.{key}" for key in ("power_amplitude=1e30", "max_lr=1e30", "jump=drill")))
+
+    full = bench.after_foundation("full")
+    unfinished = full / "stages" / "capability" / "checkpoints" / "iter_0000004"
+    unfinished.mkdir(parents=True)
+    for name in ("__0_0.distcp", "__1_0.distcp"):  # what rank 0 and 1 will write; /dev/full gives the kernel's own error
+        (unfinished / name).symlink_to("/dev/full")
+    launch("full")
+
+    damaged = bench.after_foundation("damaged")
+    checkpoint = max(
+        (damaged / "stages" / "foundation" / "checkpoints").rglob("*.distcp"), key=lambda path: path.stat().st_size
+    )
+    flip(checkpoint)
+    launch("damaged")
+
+    # A first stage of another model, under a recipe.json that hides it from the launcher: the job must see it.
+    foreign = bench.after_foundation("foreign", ('"residual_multiplier": 0.7', '"residual_multiplier": 0.6'))
+    launch("foreign", "model.residual_multiplier=0.6")
+
+    bench.wait(lambda: bench.state(bench.jobs(rotten)["data"]) == "COMPLETED", rotten)
+    view = max((Path(rotten_data) / "views" / "capability").glob("*.bin"), key=lambda path: path.stat().st_size)
+    flip(view)
+    bench.slurm.run("scontrol", "release", bench.jobs(rotten)["capability"])
+
+    # Only the environment and the Python of a job: no linter and no login node can know that they are wrong.
+    wrong_value = bench.after_foundation("wrong_value")
+    launch("wrong_value", "+cluster.options.environment.QUARRY_HANG_SECONDS=soon")
+    no_python = bench.after_foundation("no_python")
+    launch("no_python", "cluster.options.python=/nowhere/bin/python")
+
+    bench.assert_stopped(nan, "capability", "found NaN in ", "at step")
+    bench.assert_stopped(full, "capability", "no space left on a disk", str(full / "stages" / "capability" / "checkpoints"))
+    bench.assert_stopped(damaged, "capability", "refused", checkpoint.name, "was altered")
+    bench.assert_stopped(
+        foreign, "capability", "refused", "model.residual_multiplier is 0.7 in the hand-off of 'foundation', 0.6"
+    )
+    bench.assert_stopped(rotten, "capability", "refused", view.name, "the content was altered or swapped")
+    bench.assert_stopped(wrong_value, "data", "refused: QUARRY_HANG_SECONDS is 'soon'")
+    bench.assert_stopped(no_python, "data", "ended with exit code 2 before the stage could say why")
+    assert any("/nowhere/bin/python: No such file" in path.read_text() for path in no_python.rglob("log-*.out"))
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
-    checkpoint.write_bytes(content)
-    bench.submit("damaged")
-    assert_stopped(bench, run, "capability", 78)
-    assert checkpoint.name in (run / "stages" / "capability" / "log.txt").read_text()
-
-
-def assert_stopped(bench: Bench, run: Path, stage: str, code: int) -> None:
-    """The stage refused, its job was not started again, and what was to follow was cancelled without having run."""
-    bench.wait(lambda: not bench.alive(run), run)
-    last = journal(run, "decision", stage)[-1]
-    assert last["decision"] == "stop", bench.explain(run)
-    assert journal(run, "outcome", stage)[-1]["exit_code"] == code
-    later = STAGES[STAGES.index(stage) + 1 :]
-    for name in later:
-        assert not journal(run, "started", name)
-        state = bench.slurm.run("sacct", "-n", "-X", "-P", "-o", "state", "-j", bench.jobs(run)[name])
-        assert state.startswith("CANCELLED"), state
-    shown = subprocess.run([QUARRY, "status", str(run)], capture_output=True, text=True, check=False, cwd=bench.home).stdout
-    assert "refused" in shown, shown
+    path.write_bytes(content)
