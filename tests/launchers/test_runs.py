@@ -58,6 +58,7 @@ def test_what_may_change_when_stages_are_finished(harness: Any, tmp_path: Path) 
         return [d.key for d in check_change(run, old, Recipe.model_validate(harness.dict(**changes)), finished, accept=True)]
 
     assert change({"a"}, extra={"owner": "me"}) == ["extra.owner"]
+    assert change({"a"}, logging={"wandb": "offline"}) == ["logging.wandb"]
     assert change(set(), seed=7) == ["seed"]
     assert change({"a", "b"}, stages=["a", "b", "c"]) == ["stages"]
     for changes in ({"seed": 7}, {"stages": ["b", "a", "merged", "c", "hf"]}, {"stages": ["c", "hf"]}):
