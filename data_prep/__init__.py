@@ -13,5 +13,7 @@
     index caches  cache_job, index_caches                          built by training.index_cache in a job of its own
     verification  verify, verification, verify_root, verify_reading, verify_cache
 
+Beside it: judge/, which decides what is fine-tuned on (`quarry judge`).
+
 Under all of them: files (whole or absent), indexed and columns (Megatron's format), manifest and records, progress, optional, errors.
 """

@@ -16,6 +16,7 @@ from data_prep.errors import DataError
 from data_prep.judge.config import Rubric
 from data_prep.judge.prompt import answer_schema
 from data_prep.judge.verdict import Answer, BadAnswer, parse_answer
+from data_prep.optional import need
 from data_prep.plain_files import canonical_json
 
 if TYPE_CHECKING:
@@ -122,8 +123,7 @@ class Client:
     """
 
     def __init__(self, endpoint: Endpoint, sampling: Sampling, *, timeout_seconds: float):
-        import httpx
-
+        httpx = need("httpx")
         self.endpoint, self.sampling, self.timeout_seconds = endpoint, sampling, timeout_seconds
         # Read once for all connections: loading the authorities' certificates takes a fifth of a second.
         self._verify = httpx.create_ssl_context() if endpoint.url.startswith("https:") else False

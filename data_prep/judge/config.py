@@ -50,7 +50,8 @@ class Scale(Strict):
 
 
 class Thresholds(Strict):
-    """Of the weighted score: at least `accept` is accepted, at least `borderline` is borderline, below is rejected."""
+    """Of the weighted score: at least `accept` is accepted, at least `borderline` is borderline, below is rejected. Equal: none is
+    borderline by its score."""
 
     accept: PositiveFloat
     borderline: PositiveFloat
@@ -79,7 +80,7 @@ class Rubric(Strict):
         if abs(total - 1) > WEIGHT_TOLERANCE:
             raise ValueError(f"dimensions: the weights sum to {total:.6g}, not to 1; divide each by {total:.6g}")
         low, high = self.scale.lowest, self.scale.highest
-        if not low <= self.thresholds.borderline < self.thresholds.accept <= high:
+        if not low <= self.thresholds.borderline <= self.thresholds.accept <= high:
             raise ValueError(
                 f"thresholds: borderline {self.thresholds.borderline} and accept {self.thresholds.accept} must ascend within the scale "
                 f"{low} to {high}"

@@ -19,6 +19,7 @@ from typing import Any
 
 from data_prep.judge.config import Curation
 from data_prep.judge.samples import Message, Sample, Tool
+from data_prep.optional import need
 from data_prep.special_tokens import TOOLS
 
 CONTROL_TOKEN = re.compile(r"<[|｜][A-Za-z0-9_▁]{1,40}[|｜]>|" + "|".join(map(re.escape, TOOLS)))
@@ -136,8 +137,7 @@ def tool_calls(sample: Sample, curation: Curation) -> Finding | None:
 
 def schema_problem(tool: Tool) -> str | None:
     """What is wrong with the JSON schema of a tool's parameters (JSON Schema 2020-12 where it names no other draft)."""
-    import jsonschema
-
+    jsonschema = need("jsonschema")
     schema = tool.function.parameters
     if schema is None:
         return None
@@ -174,8 +174,7 @@ def _short(error: Any) -> str:
 
 
 def _validator_class(schema: dict[str, Any]) -> Any:
-    import jsonschema
-
+    jsonschema = need("jsonschema")
     return jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
 
 

@@ -396,6 +396,17 @@ def test_an_output_is_no_input_and_a_changed_input_is_noticed(tmp_path):
 
 def test_a_judge_that_always_says_the_same_is_named(tmp_path):
     path = write_samples(tmp_path / "samples.jsonl", [stub.sample(mark) for mark in range(60)])
+    progress = Heard()
     with Stub(lambda *_: says(answer())) as server:
-        record = curate(request(tmp_path / "out", server.url, [path]), Silent())
+        record = curate(request(tmp_path / "out", server.url, [path], prices=Prices(1.0, 1.0)), progress)
     assert "does not tell them apart" in record.warnings[0]
+    measured = next(text for text in progress.messages if text.startswith("measured over 32 answers"))
+    assert "(47 % of the samples), cost 0.02 in all" in measured  # 60 times 380 tokens
+
+
+class Heard(Silent):
+    def __init__(self):
+        self.messages = []
+
+    def message(self, text):
+        self.messages.append(text)
