@@ -1,7 +1,7 @@
 """Verifies prepared data down to the last byte and says everything that is wrong: file, what, expected, found, remedy.
 
-A path may be a data root, the views of a phase, the held-out sets, an index cache (each a folder or its manifest), or one .bin/.idx
-pair (its prefix or either file), such as `quarry tokenize` writes. No pickle is ever loaded.
+A path may be a data root, the views of a phase, the held-out sets, the data of an SFT stage, an index cache (each a folder or its
+manifest), or one .bin/.idx pair (its prefix or either file), such as `quarry tokenize` writes. No pickle is ever loaded.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from data_prep.index_caches import RECORD_NAME, IndexCache
 from data_prep.indexed import bin_path, idx_path
 from data_prep.manifest import HeldoutManifest, MixtureManifest, mixture_path
 from data_prep.progress import Progress, Silent
+from data_prep.sft_manifest import SftManifest
 from data_prep.sources import threads
 from data_prep.verification import PairRecord, Verification
 from data_prep.verify_reading import Finding
 from data_prep.verify_root import Root
+from data_prep.verify_sft import check_sft
 
 __all__ = ["Finding", "inspect", "verify"]
 
 Collect = Callable[[Verification], object]
 ROOT_FOLDERS = ("views", "tokenized", "heldout", "tokens")
-USAGE = (
-    "name a data root, a folder or manifest below views/, heldout/ or cache/, or a .bin/.idx pair by its prefix or either file"
-)
+USAGE = "name a data root, a folder or manifest below views/, heldout/, sft/ or cache/, or a .bin/.idx pair by its prefix or either file"
 
 
 def verify(path: Path, *, workers: int | None = None, progress: Progress | None = None, full: bool = False) -> list[Finding]:
@@ -70,13 +70,18 @@ def _what(path: Path) -> tuple[Path, Collect]:
 
 def _manifest(path: Path) -> tuple[Path, Collect]:
     folder = path.parent
-    formats = {MixtureManifest.FORMAT: "view", HeldoutManifest.FORMAT: "heldout", IndexCache.FORMAT: "cache"}
+    formats = {
+        MixtureManifest.FORMAT: "view", HeldoutManifest.FORMAT: "heldout", IndexCache.FORMAT: "cache", SftManifest.FORMAT: "sft",
+    }  # fmt: skip
     kind = formats.get(_format(path))
     if kind is None:  # missing or damaged: what it should be is told by where it lies
-        kind = "view" if folder.parent.name == "views" else "heldout" if folder.name == "heldout" else "cache"
+        kinds = {"views": "view", "sft": "sft"}
+        kind = kinds.get(folder.parent.name) or ("heldout" if folder.name == "heldout" else "cache")
     root = folder.parent if kind == "heldout" else folder.parents[1]
     if kind == "view":
         return root, lambda v: Root(root, v).view(folder.name)
+    if kind == "sft":
+        return root, lambda v: check_sft(Root(root, v), folder.name)
     if kind == "heldout":
         return root, lambda v: Root(root, v).heldout()
     if folder.parents[1].name == "cache":

@@ -1,4 +1,4 @@
-"""What each folder of a data root must hold: tokenizer, tokenized sources, held-out sets, views, index caches; and what is left over."""
+"""What each folder of a data root must hold: tokenizer, tokenized sources, held-out sets, views, SFT data, index caches; and what is left."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from data_prep.manifest import HeldoutManifest, MixtureManifest, Signed, Tokeniz
 from data_prep.records import CorpusRecord, Record, TokenizedRecord, TokenizerFile
 from data_prep.verification import Digest, PairRecord, Verification
 from data_prep.verify_cache import check_cache
+from data_prep.verify_sft import check_sft
 from recipes.schema import describe
 
 CHANGED = "the text has changed since: `quarry prep` or `quarry tokenize`, run again, takes it anew"
@@ -55,6 +56,8 @@ class Root:
         for path in sorted((self.root / "tokenized").glob("*.json")):
             self.source(path.stem)
         self.heldout()
+        for folder in self._folders("sft"):
+            check_sft(self, folder.name)
         manifests = [self.view(folder.name) for folder in self._folders("views")]
         for manifest in manifests:
             if manifest is not None:
@@ -76,7 +79,7 @@ class Root:
             self.v.find(path, "record", f"a {kind.__name__} of this version", describe(error))
         return None
 
-    def _signed(self, path: Path, kind: type[S]) -> S | None:
+    def signed(self, path: Path, kind: type[S]) -> S | None:
         try:
             manifest = kind.read(path)
         except DataError as error:
@@ -102,7 +105,7 @@ class Root:
         target = self.root / name
         self.v.file(target / "tokenizer.json" if kind == "huggingface" else target, Digest("sha256", sha256), said_by)
 
-    def _same_tokenizer(self, said_by: Path, theirs: TokenizerRecord) -> None:
+    def same_tokenizer(self, said_by: Path, theirs: TokenizerRecord) -> None:
         self._tokenizer_file(theirs.path, theirs.kind, theirs.sha256, said_by)
         ours = self.tokenizer()
         if ours:
@@ -232,10 +235,10 @@ class Root:
             return self._heldout
         if not path.exists() and not path.parent.exists():
             return None
-        manifest = self._heldout = self._signed(path, HeldoutManifest)
+        manifest = self._heldout = self.signed(path, HeldoutManifest)
         if manifest is None:
             return None
-        self._same_tokenizer(path, manifest.tokenizer)
+        self.same_tokenizer(path, manifest.tokenizer)
         for entry in manifest.categories.values():
             prefix = self.root / entry.prefix
             record = PairRecord(path, entry.documents, entry.tokens, entry.dtype, Digest.of(entry.bin), Digest.of(entry.idx))
@@ -250,10 +253,10 @@ class Root:
     def view(self, phase: str) -> MixtureManifest | None:
         """Check the views of a phase, the sources that they point into, and that no held-out document is among them."""
         path = mixture_path(self.root, phase)
-        manifest = self._signed(path, MixtureManifest)
+        manifest = self.signed(path, MixtureManifest)
         if manifest is None:
             return None
-        self._same_tokenizer(path, manifest.tokenizer)
+        self.same_tokenizer(path, manifest.tokenizer)
         if manifest.phase != phase:
             self.v.find(path, "phase", phase, manifest.phase)
         # Held out of any source is held out of every view.
@@ -377,7 +380,7 @@ class Root:
                 pass  # no Megatron on this machine to compare its version with
 
     def cache_folder(self, folder: Path, manifest: MixtureManifest | None) -> IndexCache | None:
-        record = self._signed(folder / RECORD_NAME, IndexCache)
+        record = self.signed(folder / RECORD_NAME, IndexCache)
         if record is None:
             return None
         for name, file in record.files.items():

@@ -17,6 +17,7 @@ from data_prep.sft_manifest import PackedSequences, SampleStore, SftManifest, la
 from data_prep.sft_render import Renderer
 from data_prep.sft_samples import check
 from data_prep.tokenizer import write_hf_tokenizer
+from data_prep.verify import verify
 from recipes.sft_options import Sft
 
 LENGTH = 128
@@ -229,6 +230,33 @@ def test_damage_is_found(home, made, which):
     path.write_bytes(whole)
     manifest.verify(root / "data")
     assert SftManifest.read(manifest_path(root / "data", "sft")) == manifest
+
+
+def test_quarry_verify_reads_it_and_names_what_does_not_fit(home, made):
+    root, _ = home
+    manifest, _ = made
+    folder = root / "data" / "sft" / "sft"
+    assert verify(folder) == []
+    path = packs_prefix(root / "data", "sft", "train", ".samples.npy")
+    whole = path.read_bytes()
+    samples = np.load(path)
+    samples[0] = samples[1]
+    np.save(path, samples)
+    try:
+        found = {finding.what: str(finding) for finding in verify(folder)}
+        assert "others are in two" in found["samples in one place each"]
+        assert any("SHA-256" in what for what in found)
+    finally:
+        path.write_bytes(whole)
+    mask = root / "data" / (manifest.files[0].prefix + ".mask")
+    mask.rename(mask.with_suffix(".away"))
+    try:
+        assert any(
+            f"{mask.name}" in str(finding) and "no such file" in str(finding) for finding in verify(folder / "manifest.json")
+        )
+    finally:
+        mask.with_suffix(".away").rename(mask)
+    assert verify(folder) == []
 
 
 SAMPLES = st.lists(
