@@ -253,9 +253,10 @@ def _show_agreement(found: Agreement, console: Any) -> None:
         per = found.verdicts[label]
         table.add_row(label, *(f"{count:,}" for count in row.values()), number(per.recall), number(per.precision))
     console.print(table)
-    if left := {
+    left = {
         "unjudged": found.labelled_unjudged,
         "refused by rules": found.labelled_refused_by_rules,
         "not in the input": found.labelled_not_in_input,
-    }:
-        print("labels of other samples: " + ", ".join(f"{count:,} {name}" for name, count in left.items()))
+    }
+    if any(left.values()):
+        print("labels of other samples: " + ", ".join(f"{count:,} {name}" for name, count in left.items() if count))

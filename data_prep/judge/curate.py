@@ -25,6 +25,8 @@ from data_prep.progress import Done, Progress
 
 NAMES = (*(f"{name}.jsonl" for name in (*OUTCOMES, "audit")), "record.json")
 """Files that a run replaces."""
+TOLD_AFTER_FAILURES = 20
+"""Without a judgement before: a wrong option of the server is seen at once and not in the record."""
 UNKNOWN_WORTH = "what the named model's verdicts are worth is not known from this run; compare them with people's (--labels)"
 
 
@@ -129,6 +131,8 @@ class _Work:
     def failed(self, question: Question, failure: Failed) -> None:
         self._cache.failed(question.key, failure.kind, failure.detail)
         self.failures[failure.kind] += 1
+        if not self.judgements and self.failures.total() == TOLD_AFTER_FAILURES:
+            self._progress.message(f"nothing judged yet: {TOLD_AFTER_FAILURES} attempts failed, the last with {failure}")
         # An answer that is no judgement is paid for, too.
         self.prompt_tokens += failure.prompt_tokens or 0
         self.answer_tokens += failure.answer_tokens or 0
@@ -166,7 +170,8 @@ def _questions(request: Request, plan: Plan, cache: Cache) -> Iterator[Question 
         assert row.key is not None
         assert row.rubric is not None
         assert sample is not None
-        seen.add(row.key)
+        if not request.curation.exact_duplicates:  # else no two samples that come here are equal
+            seen.add(row.key)
         rubric = request.rubrics[row.rubric]
         tokens = row.prompt_tokens + request.sampling.max_tokens
         yield Question(row.key, prompt.messages(sample, rubric), rubric, tokens, row.prompt_bytes)

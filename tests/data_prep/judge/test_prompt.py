@@ -202,6 +202,7 @@ def test_the_verdict_follows_from_scores_and_flags(changes, verdict, reason):
         assert verdict_of(**changes, verdict=own).contradiction == (own != verdict)
 
 
+@settings(deadline=None)
 @given(st.fixed_dictionaries(dict.fromkeys(GENERAL.dimensions, st.integers(1, 5))), st.sampled_from(list(FIVES)))
 def test_a_higher_score_never_makes_the_verdict_worse(scores, name):
     order = ["reject", "borderline", "accept"]
