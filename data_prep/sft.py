@@ -92,7 +92,9 @@ def _render(
             paths = expand(source.paths, f"sft.{stage}.sources.{name}.paths")
         for number, path in enumerate(paths):
             prefix = f"sft/{stage}/samples/{name}/{number:05d}"
-            jobs.append((name, (path, data_root, prefix, hf_folder, template, tuple(sft.allowed_tokens))))
+            jobs.append(
+                (name, (path, data_root, prefix, hf_folder, template, tuple(sft.allowed_tokens), tuple(sft.ignored_keys)))
+            )
     if workers > 1 and len(jobs) > 1:
         # spawn: the tokenizer's threads do not survive a fork
         with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn")) as pool:
@@ -121,12 +123,12 @@ _renderers: dict[tuple[Path, Path | None], Renderer] = {}
 """Of a worker process: loading a tokenizer takes a second."""
 
 
-def _render_one(arguments: tuple[Path, Path, str, Path, Path | None, tuple[str, ...]]) -> SampleFile:
-    path, data_root, prefix, hf_folder, template, allowed = arguments
+def _render_one(arguments: tuple[Path, Path, str, Path, Path | None, tuple[str, ...], tuple[str, ...]]) -> SampleFile:
+    path, data_root, prefix, hf_folder, template, allowed, ignored = arguments
     if (hf_folder, template) not in _renderers:
         _renderers.clear()
         _renderers[hf_folder, template] = Renderer(hf_folder, template)
-    return render_file(path, data_root, prefix, _renderers[hf_folder, template], allowed)
+    return render_file(path, data_root, prefix, _renderers[hf_folder, template], allowed, ignored)
 
 
 def _pack(

@@ -67,11 +67,17 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         raise DamagedFile(f"the Parquet file cannot be read ({str(error).splitlines()[0]}); what follows is lost") from None
 
 
-def render_file(path: Path, data_root: Path, prefix: str, renderer: Renderer, allowed: Collection[str]) -> SampleFile:
-    """Write the shard `prefix` (below `data_root`) of the samples in `path`, or keep the one that is there; returns its record."""
+def render_file(
+    path: Path, data_root: Path, prefix: str, renderer: Renderer, allowed: Collection[str], ignored: Collection[str]
+) -> SampleFile:
+    """Write the shard `prefix` (below `data_root`) of the samples in `path`, or keep the one that is there; returns its record.
+
+    `allowed` and `ignored`: see sft_samples.check.
+    """
     target = data_root / prefix
     source_digest = file_sha256(path)
-    inputs = digest_of({"rules": RULES, "file": source_digest, "renderer": renderer.digest, "allowed": sorted(allowed)})
+    rules = {"rules": RULES, "allowed": sorted(allowed), "ignored": sorted(ignored)}
+    inputs = digest_of({**rules, "file": source_digest, "renderer": renderer.digest})
     kept = _current(target, inputs, data_root)
     if kept is not None:
         return kept.model_copy(update={"input": str(path)})
@@ -92,7 +98,7 @@ def render_file(path: Path, data_root: Path, prefix: str, renderer: Renderer, al
 
         for group in batched(read_records(path), BATCH_SAMPLES):
             read += len(group)
-            for line, result in _rendered(group, renderer, pattern, allowed):
+            for line, result in _rendered(group, renderer, pattern, allowed, ignored):
                 if isinstance(result, Reason):
                     refuse(line, result)
                     continue
@@ -129,10 +135,10 @@ def render_file(path: Path, data_root: Path, prefix: str, renderer: Renderer, al
 
 
 def _rendered(
-    group: Iterable[tuple[int, Any]], renderer: Renderer, pattern: Any, allowed: Collection[str]
+    group: Iterable[tuple[int, Any]], renderer: Renderer, pattern: Any, allowed: Collection[str], ignored: Collection[str]
 ) -> Iterator[tuple[int, Rendered | Reason]]:
     """Records checked and rendered, in their order."""
-    checked = [(line, value if isinstance(value, Reason) else check(value, pattern, allowed)) for line, value in group]
+    checked = [(line, value if isinstance(value, Reason) else check(value, pattern, allowed, ignored)) for line, value in group]
     rendered = iter(renderer.render([sample for _, sample in checked if not isinstance(sample, Reason)]))
     for line, sample in checked:
         yield line, sample if isinstance(sample, Reason) else next(rendered)

@@ -48,24 +48,29 @@ class Refused(ValueError):
         self.reason = Reason(kind, detail)
 
 
-def check(record: Any, control_tokens: re.Pattern[str] | None, allowed: Collection[str] = ()) -> dict[str, Any] | Reason:
+def check(
+    record: Any, control_tokens: re.Pattern[str] | None, allowed: Collection[str] = (), ignored: Collection[str] = ()
+) -> dict[str, Any] | Reason:
     """The sample in the form that the chat template takes (keys of SAMPLE_KEYS; null values left out), or why it is none.
 
     `control_tokens` matches every token that no text may spell, because the tokenizer would take it for the token: text must not end a
-    turn or open a role. Those in `allowed` may stand in an assistant's text (`<think>` of a reasoning model, say).
+    turn or open a role. Those in `allowed` may stand in an assistant's text (`<think>` of a reasoning model, say). Keys in `ignored` are read
+    past, as those in CARRIED.
     """
     try:
-        return _checked(record, control_tokens, frozenset(allowed))
+        return _checked(record, control_tokens, frozenset(allowed), {*SAMPLE_KEYS, *CARRIED, *ignored})
     except Refused as refused:
         return refused.reason
 
 
-def _checked(record: Any, control_tokens: re.Pattern[str] | None, allowed: frozenset[str]) -> dict[str, Any]:
+def _checked(record: Any, control_tokens: re.Pattern[str] | None, allowed: frozenset[str], keys: set[str]) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise Refused("no object", f"a JSON {type(record).__name__}, not an object")
-    unknown = sorted(set(record) - {*SAMPLE_KEYS, *CARRIED})
+    unknown = sorted(set(record) - keys)
     if unknown:
-        raise Refused("unknown key", f"{', '.join(map(str, unknown[:5]))}; known: {', '.join((*SAMPLE_KEYS, *CARRIED))}")
+        raise Refused(
+            "unknown key", f"{', '.join(map(str, unknown[:5]))}; known: {', '.join(sorted(keys))} (ignored_keys adds some)"
+        )
     sample = {"messages": _messages(record.get("messages"))}
     names: set[str] | None = None
     if record.get("tools"):
@@ -93,8 +98,7 @@ def _messages(value: Any) -> list[dict[str, Any]]:
         where = f"messages[{number}]"
         if not isinstance(raw, dict):
             raise Refused("bad message", f"{where} is a {type(raw).__name__}, not an object")
-        # Arrow gives every key of a struct to every row.
-        message = {key: content for key, content in raw.items() if content is not None}
+        message = _present(raw)
         role = message.get("role")
         if role not in ROLES:
             raise Refused("bad role", f"{where}.role is {_shown(role)}; one of {', '.join(ROLES)}")
@@ -152,7 +156,7 @@ def _calls(where: str, value: Any) -> list[dict[str, Any]]:
         place = f"{where}.tool_calls[{number}]"
         if not isinstance(raw, dict):
             raise Refused("bad tool call", f"{place} is {_shown(raw)}, not an object")
-        call = {key: content for key, content in raw.items() if content is not None}
+        call = _present(raw)
         function = call.get("function", call)
         known = {"id", "type", "function"} if "function" in call else {"id", "type", "name", "arguments"}
         if set(call) - known or call.get("type", "function") != "function" or not isinstance(function, dict):
@@ -176,13 +180,22 @@ def _calls(where: str, value: Any) -> list[dict[str, Any]]:
 def _tools(value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list):
         raise Refused("bad tools", f"'tools' is {_shown(value)}, not a list")
-    for number, tool in enumerate(value):
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
+    tools = []
+    for number, raw in enumerate(value):
+        tool = _present(raw) if isinstance(raw, dict) else {}
+        function = tool.get("function", tool)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-            raise Refused("bad tools", f"tools[{number}] is {_shown(tool)}; it needs a function with a name")
+            raise Refused("bad tools", f"tools[{number}] is {_shown(raw)}; it needs a function with a name")
+        function = _present(function)
         if not isinstance(function.get("parameters", {}), dict):
             raise Refused("bad tools", f"tools[{number}].parameters is {_shown(function['parameters'])}, not a JSON schema")
-    return value
+        tools.append({**tool, "function": function} if "function" in tool else function)
+    return tools
+
+
+def _present(values: dict[str, Any]) -> dict[str, Any]:
+    """Without null values, which Arrow gives to every key that a row lacks."""
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _documents(value: Any) -> list[dict[str, Any]]:

@@ -50,6 +50,8 @@ class Sft(Strict):
     """Jinja file with {% generation %} tags; None: the tokenizer's own."""
     allowed_tokens: list[str] = []
     """Special tokens that an assistant's text may spell, `<think>` say; a sample that spells another is refused."""
+    ignored_keys: list[str] = []
+    """Further keys of a sample that are read past; any other unknown key refuses it, because it may be a mistyped `tools`."""
     max_refused_percent: NonNegativeFloat = 5.0
     """More refused samples of a source than this mean a wrong file, and stop the preparation."""
     heldout_percent: NonNegativeFloat

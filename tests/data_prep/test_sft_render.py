@@ -156,6 +156,8 @@ def test_what_is_no_sample_says_why(record, kind):
 
 def test_what_is_one():
     assert check(_with(id=7, source="x", metadata={"a": None}, tools=None, documents=[]), CONTROL) == GOOD
+    assert check(_with(score=0.9), CONTROL).kind == "unknown key"
+    assert check(_with(score=0.9), CONTROL, ignored=["score"]) == GOOD
     thinking = _messages(("user", "a"), ("assistant", "<think>hm</think>b"))
     assert check(thinking, CONTROL).kind == "control token"
     assert check(thinking, CONTROL, ["<think>", "</think>"]) == thinking
@@ -163,5 +165,7 @@ def test_what_is_one():
         {**_messages(("user", "a"), ("assistant", CALLS), ("tool", "3"), ("assistant", "3")), "tools": TOOLS}, CONTROL
     )
     assert called["messages"][1]["tool_calls"] == [{"type": "function", **CALLS["tool_calls"][0]}]
+    nulls = [{"type": "function", "function": {"name": "add", "parameters": None}, "strict": None}]
+    assert check(_with(tools=nulls), CONTROL)["tools"] == [{"type": "function", "function": {"name": "add"}}]
     row = {"messages": '[{"role": "user", "content": "a", "tool_calls": null}]', "tools": None, "source": "x"}
     assert check(from_parquet(row), CONTROL) == _messages(("user", "a"))
