@@ -84,6 +84,9 @@ def grpo_rules(recipe: Recipe, stage: str) -> Iterator[Problem]:
         yield Problem(
             f"{key}.precision.fp8_param_gather", True, "the reference's weights are swapped in as they are saved", "false"
         )
+    if grpo.precision.fp8 is not None and grpo.rollout.engine == "megatron":
+        rule = "single tokens are not decoded in FP8 here"
+        yield Problem(f"{key}.precision.fp8", grpo.precision.fp8, rule, f"null, or {key}.rollout.engine=vllm with a server")
     if layout.gpus % layout.model_parallel == 0:
         dealt = layout.data * grpo.optimizer_steps_per_rollout
         if grpo.prompts_per_step % dealt:

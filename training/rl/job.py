@@ -97,6 +97,10 @@ class Job(Strict):
             )
         if self.precision.fp8_param_gather:
             problems.append("precision.fp8_param_gather is on: the reference weights are swapped in as bf16; set it to false")
+        if self.precision.fp8 is not None and grpo.rollout.engine == "megatron":
+            problems.append(
+                f"precision.fp8 is {self.precision.fp8}: single tokens are not decoded in FP8 here; use bf16, or rollout.engine vllm"
+            )
         if layout.gpus % layout.model_parallel:
             problems.append(f"parallel.gpus is {layout.gpus}, not a multiple of tensor x pipeline = {layout.model_parallel}")
         elif grpo.prompts_per_step % layout.data:

@@ -1,15 +1,32 @@
 """The published stages as recipes: they compose, they are typed, they hold the published numbers, and Megatron takes them."""
 
-import itertools
+from itertools import pairwise
 
-import hydra
 import pytest
-from omegaconf import OmegaConf
 from pydantic import ValidationError
 
-from recipes.compose import TREE, compose
+from recipes.compose import compose
+from recipes.grpo_stage import settings
+from recipes.lint import lint
+from recipes.plan import print_plan
 from recipes.posttrain import Grpo
 
+FOUR_STAGES = """# @package _global_
+defaults:
+  - /posttrain@grpo.multi_domain: grpo_multi_domain
+  - /posttrain@grpo.rlhf: grpo_rlhf
+  - /posttrain@grpo.identity: grpo_identity
+  - /posttrain@grpo.math: grpo_math
+  - five_phase
+  - _self_
+name: with_grpo
+stages: [foundation, capability, annealing, multi_domain, rlhf, identity, math, export]
+grpo:
+  multi_domain: &any {prompts: [prompts.jsonl], rewards: {domains: {math: {parts: [{reward: math}]}}}}
+  rlhf: *any
+  identity: *any
+  math: *any
+"""
 PUBLISHED = {  # reference/granite-4.1.md, 6.1: unique prompts, learning rate, KL coefficient
     "multi_domain": (45_504, 5e-7, 0.05),
     "rlhf": (17_920, 3e-7, 0.09),
@@ -18,14 +35,22 @@ PUBLISHED = {  # reference/granite-4.1.md, 6.1: unique prompts, learning rate, K
 }
 
 
-def load(name, *overrides):
-    with hydra.initialize_config_dir(str(TREE), version_base="1.3", job_name="test"):
-        return OmegaConf.to_container(hydra.compose(f"posttrain/{name}", list(overrides)).posttrain, resolve=True)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("conf")
+    (folder / "curriculum").mkdir()
+    (folder / "curriculum" / "with_grpo.yaml").write_text(FOUR_STAGES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(folder):
+    return compose(["curriculum=with_grpo"], [folder])
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_numbers(name):
-    grpo = Grpo.model_validate(load(f"grpo_{name}"))
+def test_published_numbers(recipe, name):
+    grpo = recipe.grpo[name]
     prompts, rate, beta = PUBLISHED[name]
     assert (grpo.learning_rate, grpo.kl_coefficient) == (rate, beta)
     assert (grpo.samples_per_prompt, grpo.samples_per_step, grpo.seq_length_tokens) == (16, 1024, 8192)
@@ -34,6 +59,16 @@ def test_published_numbers(name):
     # One pass over the unique prompts, but for the third stage, whose "about 40 steps" are published.
     assert grpo.steps == (40 if name == "identity" else prompts / grpo.prompts_per_step)
     assert (grpo.clip_low, grpo.clip_high) == (0.2, 0.28)
+    assert settings(recipe, name).rope_base == recipe.phase["annealing"].rope_base
+
+
+@pytest.mark.parametrize("size", ["3b", "8b", "30b"])
+def test_the_four_stages_pass_the_linter_in_each_size(folder, recipe, size):
+    if recipe.model.name != f"granite_4_1_{size}":
+        recipe = compose(["curriculum=with_grpo", f"model=granite_4_1_{size}"], [folder])
+    assert lint(recipe) == []
+    assert recipe.grpo["math"].parallel.name == f"granite_4_1_{size}/grpo"
+    assert recipe.stage_kind("math") == "grpo"
 
 
 @pytest.mark.parametrize(
@@ -47,23 +82,23 @@ def test_published_numbers(name):
         ({"rollout": {"max_response_tokens": 8, "engine": "vllm"}}, "rollout.engine is vllm: .* which needs it"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(change, message):
+def test_settings_that_do_not_fit_are_refused(recipe, change, message):
     with pytest.raises(ValidationError, match=message):
-        Grpo.model_validate(load("grpo_math") | change)
+        Grpo.model_validate(settings(recipe, "math").model_dump() | change)
 
 
 @pytest.mark.parametrize("gpu", ["h100", "cpu"])
-def test_megatron_arguments_of_a_published_stage(tmp_path, gpu):
+def test_megatron_arguments_of_a_published_stage(recipe, tmp_path, gpu):
     """Against Megatron's own parser this is tested for every phase; here, that model, layout and optimizer arrive and what differs does."""
+    from training.arguments import Load
     from training.rl.job import Initial, Job
 
-    recipe = compose(["curriculum=five_phase", "model=granite_4_1_8b"])
-    phase = recipe.phase["foundation"]
+    own = recipe.grpo["math"]
     job = Job(
         model=recipe.model,
-        grpo=Grpo.model_validate(load("grpo_math") | {"rope_base": 10e6}),
-        parallel=phase.parallel.model_copy(update={"gpus": 64, "overlap_param_gather": False}),
-        precision=phase.precision,
+        grpo=settings(recipe, "math"),
+        parallel=own.parallel,
+        precision=own.precision,
         optimizer=recipe.optimizer,
         seed=1,
         gpu=gpu,
@@ -73,10 +108,8 @@ def test_megatron_arguments_of_a_published_stage(tmp_path, gpu):
         initial=Initial(checkpoints=str(tmp_path), step=5),
     )
     job.check()
-    from training.arguments import Load
-
     arguments = job.compile(tmp_path, Load(checkpoints=tmp_path, step=5, resume=False))
-    given = dict(itertools.pairwise(arguments))
+    given = dict(pairwise(arguments))
     assert given["--num-layers"] == "40"
     assert given["--seq-length"] == "8192"
     assert given["--global-batch-size"] == "1024"
@@ -87,27 +120,7 @@ def test_megatron_arguments_of_a_published_stage(tmp_path, gpu):
     assert "--finetune" not in job.compile(tmp_path, Load(checkpoints=tmp_path, step=5, resume=True))
 
 
-CURRICULUM = [
-    "curriculum=smoke",
-    "stages=[foundation,math]",
-    "+posttrain@grpo.math=grpo_math",
-    "+parallel@grpo.math.parallel=tp2_sp",
-    "+precision@grpo.math.precision=fp32",
-    "grpo.math.parallel.micro_batch_samples=8",
-    "+grpo.math.prompts=[math.jsonl]",
-    "+grpo.math.rewards={domains: {math: {parts: [{reward: math}]}}}",
-    "grpo.math.seq_length_tokens=128",
-    "grpo.math.rollout.max_response_tokens=96",
-]
-
-
-def test_a_curriculum_with_a_stage_of_reinforcement_learning():
-    from recipes.lint import lint
-    from recipes.plan import print_plan
-
-    recipe = compose(CURRICULUM)
-    assert recipe.stage_kind("math") == "grpo"
-    assert lint(recipe) == []
+def test_the_plan_shows_the_stages(recipe):
     from rich.console import Console
 
     console = Console(width=200, record=True)
@@ -118,17 +131,21 @@ def test_a_curriculum_with_a_stage_of_reinforcement_learning():
 
 
 @pytest.mark.parametrize(
-    ("override", "key", "rule"),
+    ("part", "change", "key", "rule"),
     [
-        ("grpo.math.prompts=[]", "grpo.math.prompts", "there is nothing to answer"),
-        ("grpo.math.parallel.context=2", "grpo.math.parallel.context", "inference keeps whole sequences"),
-        ("grpo.math.parallel.overlap_param_gather=true", "grpo.math.parallel.overlap_param_gather", "rollouts would read weights"),
-        ("grpo.math.parallel.gpus=6", "grpo.math.prompts_per_step", "3 data-parallel ranks x 1 optimizer steps do not divide it"),
-        ("grpo.math.parallel.micro_batch_samples=7", "grpo.math.parallel.micro_batch_samples", "does not divide the 1024"),
+        (None, {"prompts": []}, "prompts", "there is nothing to answer"),
+        (None, {"rewards": {}}, "rewards", "nothing says what a good answer is"),
+        ("parallel", {"context": 2}, "parallel.context", "inference keeps whole sequences"),
+        ("parallel", {"virtual_pipeline": 2}, "parallel.virtual_pipeline", "inference knows no interleaved schedule"),
+        ("parallel", {"overlap_param_gather": True}, "parallel.overlap_param_gather", "rollouts would read weights"),
+        ("parallel", {"gpus": 48}, "prompts_per_step", "24 data-parallel ranks x 1 optimizer steps do not divide it"),
+        ("parallel", {"micro_batch_samples": 7}, "parallel.micro_batch_samples", "does not divide the 1024 samples"),
+        ("parallel", {"tensor": 3, "gpus": 48}, "parallel.tensor", ""),
+        ("precision", {"fp8": "tensorwise"}, "precision.fp8", "single tokens are not decoded in FP8"),
     ],
 )  # fmt: skip
-def test_the_linter_refuses(override, key, rule):
-    from recipes.lint import lint
-
-    problems = lint(compose([*CURRICULUM, override]))
-    assert any(p.key == key and rule in p.rule for p in problems), [str(p) for p in problems]
+def test_the_linter_refuses(recipe, part, change, key, rule):
+    stage = recipe.grpo["math"]
+    changed = stage.model_copy(update={part: getattr(stage, part).model_copy(update=change)} if part else change)
+    problems = lint(recipe.model_copy(update={"grpo": {**recipe.grpo, "math": changed}}))
+    assert any(p.key == f"grpo.math.{key}" and rule in p.rule for p in problems), [str(p) for p in problems]
