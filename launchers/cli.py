@@ -27,6 +27,7 @@ COMMANDS = {
     "cancel": ("launchers.cancel_command", "stop a run; the running stage saves"),
     "report": ("launchers.report", "write a run's report, one HTML page"),
     "convert": ("launchers.convert_command", "convert between a Megatron checkpoint and a Hugging Face folder"),
+    "eval": ("launchers.eval_command", "evaluate a finished model, beside the published numbers"),
 }
 """Subcommand -> module (with `add_parser(subparsers)` and `run(args) -> int`) and one line of help."""
 
