@@ -30,6 +30,8 @@ from training.arguments import Load, add_granite_arguments
 from training.exit_codes import DISK_FULL, FINISHED, REFUSED, REQUEUE, SUSPICIOUS, SuspiciousResult
 from training.handoff import Refused, _read_start, latest_step
 from training.metrics import MetricsLog
+from training.rewards import Message, RewardError, RewardPlan, Rewards
+from training.rewards import Sample as RewardSample
 from training.rl.job import Job
 from training.rl.prompts import PromptError, Prompts, Sample, read_prompts
 
@@ -50,7 +52,7 @@ class Boundary:
     """After the last checkpoint is saved."""
 
 
-REFUSALS = (RecipeError, DataError, PromptError, Refused)
+REFUSALS = (RecipeError, DataError, PromptError, RewardError, Refused)
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,11 @@ def read_inputs(job: Job) -> Inputs:
             f"tokenizer {job.tokenizer} has {tokenizer.vocab_size} entries, model.vocab_size is {job.model.vocab_size}; use the "
             "tokenizer that the model was trained with"
         )
+    plan = RewardPlan.parse(job.rewards, "rewards") if job.rewards else None
     longest = job.grpo.seq_length_tokens - job.grpo.rollout.max_response_tokens
     prompts = read_prompts([Path(p) for p in job.prompts], tokenizer, max_prompt_tokens=longest)
+    if plan is not None:
+        plan.check_references((prompt.domain, prompt.reference) for prompt in prompts.items)
     return Inputs(tokenizer, prompts, job.digest(prompts.digest, tokenizer.digest))
 
 
@@ -316,9 +321,7 @@ def _reward_function(job: Job, reward: RewardFunction | None) -> Iterator[Reward
     if reward is not None or torch.distributed.get_rank() != mpu.get_model_parallel_src_rank():
         yield reward or _asked_elsewhere
         return
-    from training import rewards
-
-    with rewards.Rewards(rewards.RewardPlan.parse(job.rewards, "job.json: rewards")) as scorer:
+    with Rewards(RewardPlan.parse(job.rewards, "rewards")) as scorer:
 
         def score(samples: list[Sample]) -> list[float]:
             return [s.value for s in scorer.score([_for_reward(sample) for sample in samples])]
@@ -330,10 +333,7 @@ def _asked_elsewhere(samples: list[Sample]) -> list[float]:
     raise AssertionError("rewards are asked for on the first rank of the replica")
 
 
-def _for_reward(sample: Sample) -> Any:
-    from training.rewards import Message
-    from training.rewards import Sample as RewardSample
-
+def _for_reward(sample: Sample) -> RewardSample:
     prompt = sample.prompt
     return RewardSample(
         prompt=tuple(Message(role=role, content=text) for role, text in prompt.turns),

@@ -55,7 +55,17 @@ def test_a_plan_scores_the_samples_of_each_replica(tmp_path):
         assert sample["reward"] == (1.0 if sample["domain"] == "odd" else _score(sample["completion"], sample["reference"]))
 
 
-def test_a_job_without_rewards_is_refused(tmp_path):
-    stage = prepare(tmp_path / "stage", "single")
-    assert command(stage) == 78
-    assert "job.json: rewards is empty" in log(stage)
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({}, "job.json: rewards is empty"),
+        ({"domains": {"even": PLAN["domains"]["even"]}}, "domain is 'odd', the plan has even; add it"),
+        ({"domains": {"*": {"parts": [{"reward": "countng"}]}}}, "no reward is called 'countng'"),
+        ({"domains": {"*": {"parts": [{"reward": "json_schema"}]}}}, "reference"),
+    ],
+)
+def test_rewards_that_cannot_work_are_refused_before_any_rank_starts(tmp_path, capsys, plan, message):
+    from training.rl.grpo import run_stage
+
+    assert run_stage(with_rewards(prepare(tmp_path / "stage", "single"), plan)) == 78
+    assert message in capsys.readouterr().err
