@@ -212,7 +212,8 @@ def test_tensorboard_shows_the_logged_losses_of_every_phase_once(run):
     """Also of the phase in whose middle a rank was killed."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for stage in Recipe.read(run / "recipe.json").phase:
+    recipe = Recipe.read(run / "recipe.json")
+    for stage in (stage for stage in recipe.stages if stage in recipe.phase):
         reader = EventAccumulator(str(run / "stages" / stage / "tensorboard"), size_guidance={"scalars": 0}).Reload()
         for key in ("loss", "lr", "grad_norm", "tokens_per_second"):
             shown = [(event.step, event.value) for event in reader.Scalars(key)]
