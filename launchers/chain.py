@@ -161,6 +161,7 @@ class Launch:
             process_started=processes.started_at(os.getpid()),
             host=socket.gethostname(),
             stages=todo,
+            **(jobs.code.journal() if isinstance(jobs, DockerJobs) else {}),
         )
         self.progress.refresh()
         self.console.print(

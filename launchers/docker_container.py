@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from launchers.code_snapshot import Code
 from launchers.errors import LaunchError
 from launchers.local import WRAPPER_MODULE
 from launchers.stage_job import DATA, StageJob
@@ -85,13 +86,16 @@ def gpus_of(recipe: Recipe, stage: str) -> int:
 class Containers:
     """Makes the container of each job of a run. `image` is what Docker is told: the id that the launch has found, or a name."""
 
-    def __init__(self, recipe: Recipe, run_dir: Path, caller: Caller, image: str | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, run_dir: Path, caller: Caller, image: str | None = None, code: Code | None = None
+    ) -> None:
         self.recipe = recipe
         self.options = options_of(recipe)
         self.image = image or self.options.container_image
         self.caller = caller
         self.run_dir = plain_path("the folder of the run", str(run_dir.resolve()))
-        self.code = plain_path("the folder of the code", str(Path(__file__).resolve().parents[1]))
+        code = code or Code.of(recipe, run_dir)
+        self.code = plain_path("the folder of the code", str(code.path))
         self.data = plain_path("data.root", os.path.abspath(recipe.data.root))
         self.workdir = plain_path("the working folder", os.getcwd())
         if self.workdir in (*SYSTEM_FOLDERS, caller.home):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launchers import stage_job
+from launchers.code_snapshot import Code
 from launchers.docker_container import RUN_LABEL, STAGE_LABEL, Caller, Containers, gpus_of
 from launchers.errors import LaunchError
 from launchers.local import LocalJobs
@@ -84,12 +85,14 @@ class DockerJobs:
         """Find the daemon and the image; LaunchError, with the remedy, if either is not there or a container could do no work."""
         self._nemo = nemo
         caller = caller or Caller.of_this_process()
-        named = Containers(recipe, run_dir, caller)
+        self.code = Code.of(recipe, run_dir)
+        named = Containers(recipe, run_dir, caller, code=self.code)
         named.check_sources()
         self.client = connect()
         _check_daemon(self.client)
         self.image = _image_id(self.client, str(named.options.container_image))
-        self._containers = Containers(recipe, run_dir, caller, self.image)
+        self._containers = Containers(recipe, run_dir, caller, self.image, self.code)
+        self.code.write()
 
     def ready(self) -> Any:
         """The module nemo_run; waits for its import."""

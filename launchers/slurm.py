@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launchers import processes, slurm_client, stage_job
+from launchers.code_snapshot import Code
 from launchers.errors import LaunchError
 from launchers.journal import attempts
 from launchers.local import LocalJobs
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
     from launchers.chain import Launch
 
 
-def scripts(launch: Launch) -> SlurmScripts:
+def scripts(launch: Launch, code: Code) -> SlurmScripts:
     nemo = LocalJobs(launch.run.path / ".nemo-run")  # only its import of nemo-run in a folder of the run
     module = nemo.ready()
     module.config.set_nemorun_home(str((launch.run.path / ".nemo-run").resolve()))
-    return SlurmScripts(module, launch.recipe, launch.run.path)
+    return SlurmScripts(module, launch.recipe, launch.run.path, code.path)
 
 
 def jobs_of(launch: Launch) -> dict[str, StageJob]:
@@ -41,7 +42,7 @@ def dryrun(launch: Launch, done: set[str]) -> int:
     options_of(launch.recipe)
     folder = launch.run.path / "scripts"
     folder.mkdir(parents=True, exist_ok=True)
-    made = scripts(launch)
+    made = scripts(launch, Code.of(launch.recipe, launch.run.path))
     for stage, job in jobs_of(launch).items():
         if stage in done or (stage != DATA and stage not in launch.stages):
             continue
@@ -56,12 +57,14 @@ def submit(launch: Launch, todo: list[str]) -> int:
     """Submit what is missing of `todo`; called with the run's lock held and its recipe written. Returns 0."""
     options_of(launch.recipe)
     all_jobs = jobs_of(launch)
-    made = scripts(launch)
+    code = Code.of(launch.recipe, launch.run.path)
+    code.write()
+    made = scripts(launch, code)
     names = {stage: made.job_name(stage) for stage in all_jobs}
     alive = slurm_client.live_jobs(names.values())
     live = {stage: alive[name] for stage, name in names.items() if name in alive}
     order = [DATA, *todo] if todo and todo[0] not in live else todo
-    _journal_launch(launch, todo)
+    _journal_launch(launch, todo, code)
     submitted: list[str] = []
     before: str | None = None
     again = False
@@ -78,7 +81,7 @@ def submit(launch: Launch, todo: list[str]) -> int:
             )
         again = True
         try:
-            before = _submit(launch, made, all_jobs[stage], before)
+            before = _submit(launch, made, code.job(all_jobs[stage]), before)
         except LaunchError as error:
             _undo(launch, submitted)
             raise LaunchError(
@@ -141,7 +144,7 @@ def _undo(launch: Launch, submitted: list[str]) -> None:
         launch.journal.append("cancel", job=number, reason="a later stage could not be submitted")
 
 
-def _journal_launch(launch: Launch, todo: list[str]) -> None:
+def _journal_launch(launch: Launch, todo: list[str], code: Code) -> None:
     launch.journal.append(
         "launch",
         pid=os.getpid(),
@@ -150,4 +153,5 @@ def _journal_launch(launch: Launch, todo: list[str]) -> None:
         stages=todo,
         executor="slurm",
         folder=str(Path.cwd()),
+        **code.journal(),
     )

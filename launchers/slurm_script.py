@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from launchers.code_snapshot import REPOSITORY
 from launchers.errors import LaunchError
 from launchers.slurm_job import EXIT_AGAIN
 from launchers.stage_job import StageJob
@@ -62,12 +63,12 @@ def shell_word(what: str, value: str) -> str:
 class SlurmScripts:
     """Makes experiments of nemo-run, one per job."""
 
-    def __init__(self, nemo_run: Any, recipe: Recipe, run_dir: Path) -> None:
+    def __init__(self, nemo_run: Any, recipe: Recipe, run_dir: Path, code: Path = REPOSITORY) -> None:
         self._nemo = nemo_run
         self.recipe = recipe
         self.options = options_of(recipe)
         self.run_dir = Path(shell_word("the folder of the run", str(run_dir.resolve())))
-        self.code = Path(shell_word("the folder of the code", str(Path(__file__).resolve().parents[1])))
+        self.code = Path(shell_word("the folder of the code", str(code)))
         self.workdir = shell_word("the working folder", os.getcwd())
         self.python = self.options.python or (
             "python" if self.options.container_image else shell_word("Python", sys.executable)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, PositiveInt
 
 from recipes.fields import Strict
-from recipes.slurm_options import Word
+from recipes.slurm_options import Packager, Word
 
 if TYPE_CHECKING:
     from recipes.job_options import Parallel
@@ -146,6 +146,7 @@ class DockerOptions(Strict):
     """Of every container (NCCL_DEBUG ...)."""
     python: Word = "python"
     """Python in the container."""
+    packager: Packager = "none"
 
 
 def docker_options(options: dict[str, Any]) -> DockerOptions:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, NonNegativeInt, PositiveInt
 
@@ -43,6 +43,8 @@ def _matches(pattern: re.Pattern[str], allowed: str, example: str) -> AfterValid
     return AfterValidator(check)
 
 
+Packager = Literal["none", "git_archive"]
+"""none: jobs run the code where it lies when they start; git_archive: a snapshot of HEAD in the run's folder, made at launch."""
 Word = Annotated[str, _matches(_PLAIN, "letters, digits and _ . / @ + = : -", "research_llm")]
 Image = Annotated[
     str, _matches(_IMAGE, "letters, digits and _ . / @ : # + -", "/images/quarry.sqsh or nvcr.io#nvidia/pytorch:26.03-py3")
@@ -134,6 +136,7 @@ class SlurmOptions(Strict):
     environment: Annotated[dict[str, str], AfterValidator(_environment)] = {}
     """Of every job (NCCL_DEBUG ...)."""
     srun_args: list[Annotated[str, AfterValidator(_srun_argument)]] = []
+    packager: Packager = "none"
 
 
 def slurm_options(options: dict[str, Any]) -> SlurmOptions:
