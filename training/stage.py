@@ -62,7 +62,8 @@ def run_stage(folder: Path, stage: str) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(recipe.cluster.threads_per_rank))
     run_dir = folder.resolve()
     code = _run_kind(recipe, stage, run_dir)
-    if os.environ.get("NODE_RANK", "0") == "0":
+    # A stage that is to be resumed may have been asked to stop, and what is left of its time is the wrapper's.
+    if code != REQUEUE and os.environ.get("NODE_RANK", "0") == "0":
         wandb_log.after_attempt(recipe, stage, run_dir)
     return code
 

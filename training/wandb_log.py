@@ -1,6 +1,6 @@
-"""Weights & Biases' offline files of a stage, made from its logs when an attempt has ended, or at any time by hand:
+"""Weights & Biases' offline files of a stage, made from its logs when it has finished or failed, or at any time by hand:
 
-    python -m training.wandb_log --run-dir runs/x --stage foundation       # while it trains, too
+    python -m training.wandb_log --run-dir runs/x --stage foundation       # while it trains or waits to be resumed, too
     wandb sync runs/x/stages/*/wandb/offline-run-*                         # from a machine that may; nothing here sends anything
 
 One run per stage, always whole (a later attempt replaces the folder, under the same run id), grouped by the run of the chain, with
@@ -30,6 +30,7 @@ from training.metrics import curves
 FOLDER = "wandb"
 LOGS = ("metrics.jsonl", "heldout.jsonl")
 TIMEOUT_SECONDS = 300.0
+"""60,000 logged steps took 25 s of one core."""
 
 
 def check(recipe: Recipe) -> None:
@@ -54,6 +55,8 @@ def after_attempt(recipe: Recipe, stage: str, run_dir: Path) -> None:
         code: int | str = subprocess.run(command, timeout=TIMEOUT_SECONDS, check=False).returncode
     except subprocess.TimeoutExpired:
         code = f"none after {TIMEOUT_SECONDS:g} s"
+        for left in (stage_dir / FOLDER).glob(".writing-*"):
+            shutil.rmtree(left, ignore_errors=True)
     if code != 0:
         print(
             f"wandb's files of stage '{stage}' were not written (exit code {code}); metrics.jsonl has all numbers; again: {' '.join(command)}",

@@ -102,6 +102,18 @@ def test_a_failure_of_wandb_is_said_and_leaves_nothing_half(run, capfd):
     assert [path.name for path in (folder / "stages" / "second" / "wandb").iterdir()] == ["run_id.txt"]
 
 
+def test_written_when_a_stage_ends_but_not_while_it_must_leave(run, monkeypatch):
+    """A preempted stage has no time for it."""
+    recipe, folder = run
+    monkeypatch.delenv("NODE_RANK", raising=False)
+    written = []
+    monkeypatch.setattr(wandb_log, "after_attempt", lambda recipe, name, run_dir: written.append((name, run_dir)))
+    for code, expected in ((75, []), (0, [("second", folder)]), (17, [("second", folder)] * 2)):
+        monkeypatch.setattr(stage, "_run_kind", lambda *_, code=code: code)
+        assert stage.run_stage(folder, "second") == code
+        assert written == expected
+
+
 def test_without_the_option_nothing_is_written(run):
     recipe, folder = run
     wandb_log.after_attempt(recipe.model_copy(update={"logging": Logging()}), "second", folder)
