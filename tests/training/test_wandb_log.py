@@ -104,7 +104,7 @@ def test_a_failure_of_wandb_is_said_and_leaves_nothing_half(run, capfd):
 
 def test_written_when_a_stage_ends_but_not_while_it_must_leave(run, monkeypatch):
     """A preempted stage has no time for it."""
-    recipe, folder = run
+    _, folder = run
     monkeypatch.delenv("NODE_RANK", raising=False)
     written = []
     monkeypatch.setattr(wandb_log, "after_attempt", lambda recipe, name, run_dir: written.append((name, run_dir)))
