@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer import Tokenizer, write_hf_tokenizer
 
 KEYS = {"prompt", "messages", "reference", "domain", "metadata"}
 
@@ -64,19 +65,21 @@ class Prompts:
 
 
 def chat_encoder(tokenizer: Tokenizer) -> Callable[[list[dict[str, str]]], list[int]]:
-    """Messages -> ids of the conversation and the header of the assistant's turn, by the chat template in the tokenizer's folder.
+    """Messages -> ids of the conversation and the header of the assistant's turn, by the tokenizer's chat template.
 
     Raises PromptError if the tokenizer has none.
     """
-    if tokenizer.kind != "huggingface":
-        raise PromptError(
-            f"{tokenizer.path} is a {tokenizer.kind} tokenizer without a chat template: give prompts as text ('prompt')"
-        )
     from transformers import AutoTokenizer
 
-    template = AutoTokenizer.from_pretrained(tokenizer.path, local_files_only=True)
+    with tempfile.TemporaryDirectory(prefix="quarry-chat-") as folder:
+        # For a SentencePiece model too; the ids are the same (data_prep/hf_tokenizer.py says for which text).
+        write_hf_tokenizer(tokenizer, Path(folder))
+        template = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if not template.chat_template:
-        raise PromptError(f"{tokenizer.path} has no chat template: add chat_template.jinja, or give prompts as text ('prompt')")
+        raise PromptError(
+            f"{tokenizer.path} has no chat template: take a tokenizer with Granite's role tokens, add chat_template.jinja, or give prompts "
+            "as text ('prompt')"
+        )
     special = sorted(tokenizer.special_ids)
 
     def encode(messages: list[dict[str, str]]) -> list[int]:

@@ -96,3 +96,22 @@ def test_every_epoch_holds_every_prompt_once(count, seed, epoch):
     assert [PromptOrder(count, seed)[epoch * count + i] for i in range(count)] == one
     if count > 10:
         assert one != [order[(epoch + 1) * count + i] for i in range(count)]
+
+
+def test_conversations_with_a_sentencepiece_model(tmp_path):
+    """The smoke curriculum's kind of tokenizer: roles are single tokens, and the assistant's turn is open at the end."""
+    from data_prep.corpus import build
+    from data_prep.tokenizer_training import train
+
+    model = tmp_path / "tokenizer.model"
+    train([document.text for document in build("package_code", 200_000)], "sentencepiece", 1024, model)
+    tokenizer = load_tokenizer(model)
+    line = {"messages": [{"role": "user", "content": "ai and iq"}]}
+    (prompt,) = read_prompts([write(tmp_path / "a.jsonl", line)], tokenizer, max_prompt_tokens=64).items
+    special = tokenizer.special_ids
+    start, end = special["<|start_of_role|>"], special["<|end_of_role|>"]
+    assert prompt.ids[0] == start
+    assert prompt.ids.count(start) == 2
+    assert prompt.ids[-1] == end
+    inside = prompt.ids[prompt.ids.index(end) + 1 : prompt.ids.index(tokenizer.eod_id)]
+    assert list(inside) == tokenizer.encode("ai and iq")
