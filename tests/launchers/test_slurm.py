@@ -48,7 +48,7 @@ class Cluster:
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     stand_in = Cluster()
-    monkeypatch.setattr(slurm, "scripts", lambda launch: stand_in)
+    monkeypatch.setattr(slurm, "scripts", lambda launch, code: stand_in)
     monkeypatch.setattr(slurm_client, "live_jobs", stand_in.live_jobs)
     monkeypatch.setattr(slurm_client, "cancel", stand_in.cancel)
     return stand_in
