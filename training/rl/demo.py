@@ -38,7 +38,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"gpus": 2, "tensor": 2},
     "tp2_sp": {"gpus": 2, "tensor": 2, "sequence_parallel": True},
     "pp2": {"gpus": 2, "pipeline": 2},
-    "dp2": {"gpus": 2},
+    "dp2": {"gpus": 2, "overlap_grad_reduce": True},
 }
 
 

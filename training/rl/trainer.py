@@ -101,8 +101,9 @@ class Trainer:
 
     def _must_leave(self, began: float) -> bool:
         limit = self._settings.exit_after_minutes
+        signalled = any(get_signal_handler().signals_received())  # collective: asked on every rank, whatever its clock says
         out_of_time = limit is not None and time.monotonic() - began > 60 * limit
-        wish = torch.tensor([int(out_of_time or any(get_signal_handler().signals_received()))], device=self._device)
+        wish = torch.tensor([int(out_of_time or signalled)], device=self._device)
         torch.distributed.all_reduce(wish, op=torch.distributed.ReduceOp.MAX)
         return bool(wish.item())
 
