@@ -135,7 +135,7 @@ def probe(harness: Harness, tasks: Iterable[str], run_code: bool) -> dict[str, l
     would be executed without --run-generated-code.
     """
     names = list(dict.fromkeys(tasks))
-    command = [str(harness.python), str(PROBE), str(harness.include), *names]
+    command = [str(harness.python), str(PROBE), str(harness.include.absolute()), *names]
     done = subprocess.run(command, env=harness.environment(), capture_output=True, text=True, check=False)
     said = [
         json.loads(line.removeprefix(lm_eval_probe.PREFIX))
@@ -158,10 +158,12 @@ def probe(harness: Harness, tasks: Iterable[str], run_code: bool) -> dict[str, l
             problems.append(f"{name}: lm-eval ended (exit {done.returncode}) before it was looked at: {words}")
         elif not one["known"]:
             problems.append(f"{name}: lm-eval {VERSION} has no such task; `{harness.python} -m lm_eval ls tasks` lists them")
+        elif one.get("error", "").startswith("ModuleNotFoundError"):
+            problems.append(f"{name}: a package is missing in lm-eval's environment ({one['error']}); {MAKE_ENVIRONMENT}")
         elif "error" in one:
             problems.append(
                 f"{name}: its data cannot be loaded ({one['error']}); with a network, once: `{harness.python} {PROBE} {harness.include} {name}`"
-                " with HF_HOME set to a folder that is then copied here, or a task file with local data_files (--include-path)"
+                " with HF_HOME set to a folder, which is copied here and set again, or a task file with local data_files (--include-path)"
             )
         elif one["unsafe_code"] and not run_code:
             problems.append(
@@ -196,7 +198,7 @@ def run_benchmark(
     with tempfile.TemporaryDirectory() as folder:
         command = [str(harness.python), "-m", "lm_eval", "run", "--model", "hf"]
         command += ["--model_args", f"pretrained={model.absolute()},dtype={dtype}", "--tasks", run.task]
-        command += ["--include_path", str(harness.include), "--device", device, "--batch_size", str(batch_size)]
+        command += ["--include_path", str(harness.include.absolute()), "--device", device, "--batch_size", str(batch_size)]
         command += ["--output_path", folder, "--log_samples"]  # task hashes are only made with --log_samples
         if run.metric:
             command += ["--num_fewshot", str(run.shots)]
@@ -208,7 +210,7 @@ def run_benchmark(
         if run_code:
             command += ["--confirm_run_unsafe_code"]
             environment["HF_ALLOW_CODE_EVAL"] = "1"
-        code = _follow(command, environment, log, message)
+        code = _follow(command, environment, Path(folder), log, message)
         files = sorted(Path(folder).rglob("results_*.json"))
         if code != 0 or len(files) != 1:
             tail = log.read_text(encoding="utf-8", errors="replace")[-1500:].strip()
@@ -216,10 +218,13 @@ def run_benchmark(
         return parse(files[0], run, limit)
 
 
-def _follow(command: list[str], environment: dict[str, str], log: Path, message: Callable[[str], None]) -> int:
-    """Run `command` with its output in `log`; now and then its last line (lm-eval's progress bar) goes to `message`."""
+def _follow(command: list[str], environment: dict[str, str], folder: Path, log: Path, message: Callable[[str], None]) -> int:
+    """Run `command` with its output in `log`; now and then its last line (lm-eval's progress bar) goes to `message`.
+
+    In `folder`: `python -m` looks for modules in the current one first, which may have an `evaluate` or a `datasets` of its own.
+    """
     with open(log, "wb") as sink:
-        process = subprocess.Popen(command, env=environment, stdout=sink, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=sink, stderr=subprocess.STDOUT)
         try:
             said = time.monotonic()
             while True:

@@ -36,6 +36,11 @@ def manifest_for(source: Source, data_root: Path | None) -> tuple[Path, HeldoutM
             f"heldout: {source.given} lies in no run whose recipe names the data; give --heldout-data with the data root of "
             "`quarry prep`, or leave heldout out of --tasks"
         )
+    if data_root is None and not heldout_path(root).is_file():
+        raise EvaluationError(
+            f"heldout: the run's recipe says data.root is {root}, where no {heldout_path(Path())} is (a relative one counts from where the run "
+            "was launched); give --heldout-data, or prepare the data with `quarry prep`"
+        )
     manifest = HeldoutManifest.read(heldout_path(root))
     manifest.verify(root)
     if source.tokenizer_sha256 not in (None, manifest.tokenizer.sha256):

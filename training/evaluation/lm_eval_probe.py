@@ -5,6 +5,7 @@ python lm_eval_probe.py INCLUDE_PATH TASK ...     -> lines "QUARRY {json}" on st
 
 import importlib.metadata
 import json
+import os
 import sys
 
 PREFIX = "QUARRY "
@@ -16,6 +17,9 @@ def say(**values):
 
 def main(include, names):
     say(version=importlib.metadata.version("lm_eval"), python=sys.version.split()[0])
+    # Python puts this file's folder first, where `evaluate` is ours and not the package that lm-eval's tasks import.
+    here = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [path for path in sys.path if os.path.realpath(path) != here]
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=include)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +108,32 @@ def test_the_probe_names_everything_that_cannot_run(stand_in: StandIn, tmp_path:
     ):
         assert words in str(caught.value)
     assert "\n  a:" not in str(caught.value)
+    stand_in.orders(tasks={"ifeval": {"known": True, "error": "ModuleNotFoundError: No module named 'langdetect'"}})
+    with pytest.raises(
+        EvaluationError, match=r"a package is missing in lm-eval's environment .*langdetect.*lm-eval\[hf,ifeval,math\]"
+    ):
+        harness.probe(used, ["ifeval"], run_code=False)
     stand_in.orders(tasks={}, version="0.4.9")
     with pytest.raises(EvaluationError, match=r"has lm-eval 0\.4\.9, the task list is for 0\.4\.13.*pip install"):
         harness.probe(used, ["a"], run_code=False)
+
+
+def test_the_probe_does_not_hide_packages_behind_our_modules(tmp_path: Path) -> None:
+    """Its folder has an evaluate.py; lm-eval's tasks import a package of that name."""
+    package = tmp_path / "lm_eval"
+    (package / "tasks").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "tasks" / "__init__.py").write_text(
+        "import evaluate\nclass TaskManager:\n    task_index = ()\n    def __init__(self, include_path): print('QUARRY', evaluate.ME)\n"
+    )
+    (tmp_path / "evaluate.py").write_text("ME = '\"theirs\"'\n")
+    (tmp_path / "lm_eval-0.4.13.dist-info").mkdir()
+    (tmp_path / "lm_eval-0.4.13.dist-info" / "METADATA").write_text("Name: lm_eval\nVersion: 0.4.13\n")
+    command = [sys.executable, str(harness.PROBE), str(tmp_path), "a"]
+    done = subprocess.run(command, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert 'QUARRY "theirs"' in done.stdout
+    assert done.stdout.startswith('QUARRY {"version": "0.4.13"')
 
 
 def test_programs_that_are_not_lm_eval_are_refused(tmp_path: Path) -> None:
