@@ -39,6 +39,9 @@ class Sft(Strict):
     """Where the linear decay ends, with the last step."""
     warmup_percent: NonNegativeFloat = 0.0
     """Of the stage's steps: linear, from 0."""
+    keep_moments: bool = False
+    """True: Adam's moments come with the hand-off, as between phases. False: weights only, because another objective begins; the moments
+    start at zero."""
     rope_base: PositiveFloat | None = None
     """None: that of the phase before."""
     pack_multiple_tokens: PositiveInt | None = None

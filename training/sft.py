@@ -101,7 +101,8 @@ def run_sft(recipe: Recipe, stage: str, run_dir: Path) -> int:
 def _data_digest(recipe: Recipe, stage: str, manifest: SftManifest) -> str:
     """Of the data and of what decides their order and weight."""
     sft = recipe.sft[stage]
-    return digest_of({"data": manifest.digest, "epochs": sft.epochs, "mup_scaling": sft.mup_scaling})
+    own = {"epochs": sft.epochs, "mup_scaling": sft.mup_scaling, "keep_moments": sft.keep_moments}
+    return digest_of({"data": manifest.digest, **own})
 
 
 def check_data(recipe: Recipe, stage: str, manifest: SftManifest, heldout: HeldoutManifest, *, verify_files: bool) -> list[str]:
@@ -166,6 +167,8 @@ def _train(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, trainin
 
     token_ids.install(manifest.tokenizer.eod_id)
     arguments = [*compile_phase(seen, stage, run_dir, load), *EXTRA_ARGUMENTS]
+    if load is not None and not load.resume and not sft.keep_moments:
+        arguments.append("--finetune")  # weights only
     sys.argv = ["sft", *arguments]
     args = parse_and_validate_args(add_granite_arguments)
     if args.rank == 0:

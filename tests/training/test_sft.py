@@ -56,22 +56,24 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("sft")
     make_data(root, CHATS)
     made = {"root": root}
-    for name, layout in {"base": "single", "killed": "tp2_sp", **{layout: layout for layout in LAYOUTS}}.items():
+    names = {"base": "single", "killed": "tp2_sp", "moments": "single", **{layout: layout for layout in LAYOUTS}}
+    for name, layout in names.items():
         made[name] = root / name
         (root / name / "stages").mkdir(parents=True)
         if name != "base":
             os.symlink(root / "base" / "stages" / "warm", root / name / "stages" / "warm")
-        make_recipe(root, LAYOUTS[layout]).write(root / name / "recipe.json")
+        make_recipe(root, LAYOUTS[layout], keep_moments=name == "moments").write(root / name / "recipe.json")
     killed = made["killed"]
     codes, printed = drive(
         f"{made['base']}:warm",
         f"{made['base']}:leaks",
         *(f"{made[layout]}:sft" for layout in LAYOUTS),
+        f"{made['moments']}:sft",
         f"{killed}:sft:7",
         f"{killed}:sft",
         f"{killed}:sft",
     )
-    assert codes == [0] * (2 + len(LAYOUTS)) + [128 + signal.SIGKILL, 0, 0], printed[-6000:]
+    assert codes == [0] * (3 + len(LAYOUTS)) + [128 + signal.SIGKILL, 0, 0], printed[-6000:]
     return made | {"printed": printed}
 
 
@@ -150,6 +152,19 @@ def test_it_learns_the_answers_at_the_recipes_rate(runs):
     assert drawn == {"samples": 2 * manifest.training.samples, "tokens": 2 * manifest.training.tokens}
     assert handoff["heldout_answers"]["chat"] == after
     assert handoff["total_tokens"] == 0  # of pre-training, of which there was none
+
+
+def test_adams_moments_come_along_only_when_asked_for(runs):
+    """With zero moments the first steps are as long as Adam's can be; the moments of `warm` remember its gradients."""
+    fresh, kept = rows(runs["single"]), rows(runs["moments"])
+    assert fresh[0]["loss"] == kept[0]["loss"]
+    assert fresh[0]["grad_norm"] == kept[0]["grad_norm"]
+    assert fresh[1]["loss"] == kept[1]["loss"]  # the first rate is zero
+    assert fresh[2]["loss"] != kept[2]["loss"]
+    flags = {name: (runs[name] / "stages" / "sft" / "args.txt").read_text() for name in ("single", "moments", "killed")}
+    assert "--finetune" in flags["single"]
+    assert "--finetune" not in flags["moments"]
+    assert "--finetune" not in flags["killed"]  # a resume takes the stage's own moments
 
 
 @pytest.fixture(scope="module")
