@@ -29,7 +29,7 @@ from launchers.errors import LaunchError
 from launchers.journal import stage_rows
 from launchers.jsonl import JsonLines, Row
 from launchers.stage_job import StageJob
-from launchers.steps import checkpoint_step
+from launchers.steps import checkpoint_step, sft_steps
 
 EXIT_HUNG = 79
 """The stage made no progress and was ended; starting it again from its last checkpoint may help (a lost packet, a slow file system)."""
@@ -272,9 +272,13 @@ def _catches_sigusr2(pid: int) -> bool:
 
 
 def _steps_of_phase(job: StageJob) -> int | None:
-    """Steps of the stage, None if it is no phase. Not through the recipe's schema: its import takes longer than a job's start may."""
+    """Steps of the stage, None if it is no phase and no fine-tuning. Not through the recipe's schema: its import takes longer than a job's
+    start may."""
     try:
         recipe = json.loads((Path(job.run_dir) / "recipe.json").read_bytes())
+        if sft := recipe.get("sft", {}).get(job.stage):
+            root, batch = Path(recipe["data"]["root"]), sft["global_batch_sequences"]
+            return sft_steps(root, job.stage, epochs=sft["epochs"], batch_sequences=batch)
         return int(recipe["phase"][job.stage]["steps"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -14,6 +14,7 @@ from launchers.jsonl import JsonLines, Row
 from launchers.processes import is_alive
 from launchers.runs import RunFolder
 from launchers.stage_job import DATA
+from launchers.steps import sft_steps
 from recipes.plan import PEAK_BF16_FLOPS, flops_per_token
 from recipes.schema import Recipe
 
@@ -95,6 +96,7 @@ class RunProgress:
         self._metrics = {s: JsonLines(run.stage(s) / "metrics.jsonl") for s in self.recipe.stages}
         self._heldout = {s: JsonLines(run.stage(s) / "heldout.jsonl") for s in self.recipe.stages}
         self._finished: dict[str, Row] = {}
+        self._sft_steps: dict[str, int] = {}
         self.stages: list[StageProgress] = []
         self.data_failure: str | None = None
         """Why the data could not be prepared, if that is where the run stands."""
@@ -180,7 +182,7 @@ class RunProgress:
             stage,
             kind,
             attempts=attempts(rows, stage),
-            steps=self.recipe.phase[stage].steps if kind == "phase" else 0,
+            steps=self._steps(stage),
             metrics=self._metrics[stage].rows,
             heldout=self._heldout[stage].rows,
         )
@@ -193,9 +195,26 @@ class RunProgress:
         self._read_metrics(progress)
         self._read_handoff(progress)
         self._read_journal(progress, rows)
-        if progress.state == "running" and kind == "phase" and progress.tokens_per_second:
-            progress.eta_seconds = (self.recipe.phase[stage].tokens - progress.stage_tokens) / progress.tokens_per_second
+        if progress.state == "running" and progress.tokens_per_second:
+            if kind == "phase":
+                progress.eta_seconds = (self.recipe.phase[stage].tokens - progress.stage_tokens) / progress.tokens_per_second
+            elif kind == "sft" and progress.steps:
+                sft = self.recipe.sft[stage]
+                tokens = progress.steps * sft.global_batch_sequences * sft.seq_length_tokens
+                progress.eta_seconds = (tokens - progress.stage_tokens) / progress.tokens_per_second
         return progress
+
+    def _steps(self, stage: str) -> int:
+        """Steps of a stage as far as they are known: those of fine-tuning follow from its data."""
+        if stage in self.recipe.phase:
+            return self.recipe.phase[stage].steps
+        if stage not in self.recipe.sft:
+            return 0
+        if not self._sft_steps.get(stage):
+            sft = self.recipe.sft[stage]
+            found = sft_steps(Path(self.recipe.data.root), stage, epochs=sft.epochs, batch_sequences=sft.global_batch_sequences)
+            self._sft_steps[stage] = found or 0
+        return self._sft_steps[stage]
 
     def _launcher_alive(self) -> bool:
         launch = next((row for row in reversed(self.journal.rows) if row["event"] == "launch"), None)

@@ -67,7 +67,7 @@ def speed(s: StageProgress) -> tuple[str, str, str]:
 
 def overview(progress: RunProgress) -> Group:
     """The table, one line for the chain, and why a stage stopped."""
-    trained = sum(s.stage_tokens for s in progress.stages)
+    trained = sum(s.stage_tokens for s in progress.stages if s.kind == "phase")  # as the plan counts
     planned = progress.recipe.total_tokens
     eta = progress.eta_seconds
     line = f"{progress.state}: {text.tokens(trained)} of {text.tokens(planned)} tokens, {text.duration(progress.wall_seconds)} in stages"
