@@ -1,4 +1,4 @@
-"""Rewards from a plan (training/rewards) inside the loop, started by the command as a user does."""
+"""Rewards from a plan (training/rewards) inside the loop, whose ranks torchrun starts: no function of another process reaches them."""
 
 import json
 import os
@@ -21,19 +21,14 @@ PLAN = {
 }
 
 
-def log(stage):
-    return (stage / "log.txt").read_text()
-
-
-def command(stage):
-    with open(stage / "log.txt", "a") as output:
-        return subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "training.rl.grpo", "--stage-dir", str(stage)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            timeout=300,
-        ).returncode
+TORCHRUN = """
+import sys
+from pathlib import Path
+from training import stage
+program = ["-m", "training.rl.grpo", "--stage-dir", sys.argv[1], "--rank"]
+sys.exit(stage.torchrun(2, "parallel.gpus", program, stage_dir=Path(sys.argv[1]), grace_seconds=None))
+"""
+"""As on GPUs, though these ranks are on the CPU."""
 
 
 def with_rewards(stage, plan):
@@ -43,7 +38,11 @@ def with_rewards(stage, plan):
 
 def test_a_plan_scores_the_samples_of_each_replica(tmp_path):
     stage = with_rewards(prepare(tmp_path / "stage", "dp2", steps=1, samples_per_prompt=4, record_samples=40), PLAN)
-    assert command(stage) == 0, log(stage)[-3000:]
+    command = [sys.executable, "-W", "ignore", "-c", TORCHRUN, str(stage)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert (stage / "result.json").exists()
     (row,) = rows(stage)
     assert row["reward_per_domain"]["odd"] == 1.0  # whatever the model writes consists of digits and marks
     assert row["reward_per_domain"]["even"] < 0.5
