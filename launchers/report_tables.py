@@ -39,7 +39,7 @@ OFF_PERCENT = 1.0
 
 
 def tiles(progress: RunProgress) -> str:
-    trained = sum(s.stage_tokens for s in progress.stages)
+    trained = sum(s.stage_tokens for s in progress.stages if s.kind == "phase")
     model = progress.recipe.model
     phases = [s for s in progress.stages if s.kind == "phase" and s.loss is not None]
     items = [

@@ -127,7 +127,7 @@ def show_list(console: Any, runs_root: Path) -> int:
         progress.refresh()
         finished = sum(s.state == "finished" for s in progress.stages)
         now = next((s.stage for s in progress.stages if s.state != "finished"), "")
-        trained = text.tokens(sum(s.stage_tokens for s in progress.stages))
+        trained = text.tokens(sum(s.stage_tokens for s in progress.stages if s.kind == "phase"))
         table.add_row(
             Text(folder.name),
             Text(progress.state, style=STYLES[progress.state]),
