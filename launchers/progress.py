@@ -208,6 +208,8 @@ class RunProgress:
         """Steps of a stage as far as they are known: those of fine-tuning follow from its data."""
         if stage in self.recipe.phase:
             return self.recipe.phase[stage].steps
+        if stage in self.recipe.grpo:
+            return self.recipe.grpo[stage].steps
         if stage not in self.recipe.sft:
             return 0
         if not self._sft_steps.get(stage):
