@@ -51,6 +51,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     benchmarks = parser.add_argument_group("benchmarks")
     benchmarks.add_argument("--lm-eval", type=Path, metavar="PYTHON", help="Python of the environment with lm-eval 0.4.13")
     benchmarks.add_argument("--include-path", type=Path, metavar="FOLDER", help="lm-eval task files of yours, with local data")
+    benchmarks.add_argument("--skip", nargs="+", metavar="BENCHMARK", help="benchmarks of a list that are left out")
     benchmarks.add_argument("--batch-size", type=int, metavar="N", help="default: 4")
     benchmarks.add_argument("--limit", type=int, metavar="N", help="documents per task, to try it; marked in the results")
     benchmarks.add_argument(
@@ -79,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
         "needle": _given(needle),
         "lm_eval": _text(args.lm_eval),
         "include_path": _text(args.include_path),
+        "skip": args.skip,
         "batch_size": args.batch_size,
         "limit": args.limit,
         "run_generated_code": args.run_generated_code,

@@ -14,9 +14,9 @@ from data_prep.files import digest_of, write_bytes, write_json
 from training.evaluation import harness, heldout, retrieval, table
 from training.evaluation.errors import EvaluationError
 from training.evaluation.progress import Progress
-from training.evaluation.request import PARTS, Request
+from training.evaluation.request import PARTS, NeedleOptions, Request
 from training.evaluation.source import Source, find
-from training.evaluation.suite import Suite, load_suite, single_task, suites
+from training.evaluation.suite import Run, Suite, load_suite, single_task, suites
 from training.versions import versions
 
 FORMAT = "quarry.evaluation/1"
@@ -28,6 +28,7 @@ def evaluate(request: Request, progress: Progress) -> dict[str, Any]:
     Everything that can be refused is refused before anything is measured. Raises EvaluationError, ModelError or DataError.
     """
     lists = _lists(request.tasks)
+    wanted = _wanted(lists, request.skip)
     _check_output(request)
     if lists:
         python = harness.find_python(request.lm_eval)
@@ -42,9 +43,9 @@ def evaluate(request: Request, progress: Progress) -> dict[str, Any]:
     if lists:
         tools = harness.Harness(python, request.output / "lm-eval" / "tasks")
         harness.write_task_files(tools.include, request.include_path)
-        wanted = [run.task for suite in lists for run in suite.run.values()]
+        _check_chat_template(source, lists)
         progress.message(f"lm-eval {harness.VERSION}: looking for {len(wanted)} tasks and their data, offline")
-        harness.probe(tools, wanted, request.run_generated_code)
+        harness.probe(tools, [run.task for _, _, run in wanted], request.run_generated_code)
 
     from training.evaluation import scoring
 
@@ -78,17 +79,13 @@ def evaluate(request: Request, progress: Progress) -> dict[str, Any]:
             "heldout", key, lambda: _heldout(source, root, manifest, samples, device, dtype, network, progress)
         )
     if "needle" in request.tasks:
-        options = request.needle
-        results["needle"] = parts.get(
-            "needle", options.model_dump(mode="json"), lambda: _needle(source, options, network, progress)
-        )
+        results["needle"] = _needle(source, request.needle, parts, network, progress)
     loaded.clear()  # lm-eval loads the model itself: there may be no room for two
     rows = []
-    count = sum(len(suite.run) for suite in lists)
-    with progress.part("benchmarks", count) as done:
+    with progress.part("benchmarks", len(wanted)) as done:
         for suite in lists:
             measured = {}
-            for name, run in suite.run.items():
+            for _, name, run in (one for one in wanted if one[0] is suite):
                 key = {"run": run.model_dump(), "limit": request.limit, "chat_template": suite.chat_template}
 
                 def measure(run: Any = run, suite: Suite = suite, name: str = name) -> dict[str, Any]:
@@ -109,7 +106,7 @@ def evaluate(request: Request, progress: Progress) -> dict[str, Any]:
                 measured[name] = parts.get(f"{suite.name}.{name}", key, measure)
                 done(1)
             results["harness"][suite.name] = measured
-            rows += table.rows(suite, measured)
+            rows += table.rows(suite, measured, request.skip)
     results["benchmarks"] = table.as_dicts(rows)
     write_bytes(request.output / "results.md", table.markdown(results).encode())
     write_json(previous, results)
@@ -126,6 +123,26 @@ def _lists(tasks: list[str]) -> list[Suite]:
     if bad:
         raise EvaluationError(f"--tasks {bad[0]!r} is no name; use {', '.join((*PARTS, *suites()))} or a task of lm-eval")
     return [load_suite(name) if name in suites() else single_task(name) for name in tasks if name not in PARTS]
+
+
+def _wanted(lists: list[Suite], skip: list[str]) -> list[tuple[Suite, str, Run]]:
+    """(list, benchmark, how it is run) of everything that lm-eval is to measure."""
+    names = {name for suite in lists for name in suite.run}
+    if unknown := [name for name in skip if name not in names]:
+        raise EvaluationError(
+            f"--skip {unknown[0]}: no benchmark of these tasks; there are {', '.join(sorted(names)) or 'none'}"
+        )
+    return [(suite, name, run) for suite in lists for name, run in suite.run.items() if name not in skip]
+
+
+def _check_chat_template(source: Source, lists: list[Suite]) -> None:
+    named = [suite.name for suite in lists if suite.chat_template]
+    path = source.hf / "tokenizer_config.json"
+    inside = path.is_file() and json.loads(path.read_bytes()).get("chat_template")
+    if named and not inside and not (source.hf / "chat_template.jinja").is_file():
+        raise EvaluationError(
+            f"{named[0]}: {source.hf} has no chat template; it is for instruct models, use granite_4_1_base for others"
+        )
 
 
 def _check_output(request: Request) -> None:
@@ -182,7 +199,9 @@ def _heldout(
     }
 
 
-def _needle(source: Source, options: Any, network: Callable[[], Any], progress: Progress) -> dict[str, Any]:
+def _needle(
+    source: Source, options: NeedleOptions, parts: _Parts, network: Callable[[], Any], progress: Progress
+) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     from training.evaluation import scoring
@@ -190,7 +209,10 @@ def _needle(source: Source, options: Any, network: Callable[[], Any], progress: 
     if not (source.hf / "tokenizer.json").is_file() and not (source.hf / "tokenizer_config.json").is_file():
         raise EvaluationError(f"needle: {source.hf} has no tokenizer; add its files, or leave needle out of --tasks")
     tokenizer = AutoTokenizer.from_pretrained(source.hf, trust_remote_code=False, local_files_only=True)
-    model = network()
+    common = options.model_dump(mode="json", exclude={"lengths_tokens", "depths_percent"})
+
+    def keep(length: int, percent: float, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        return parts.get(f"needle.{length}.{percent:g}", {**common, "length": length, "depth": percent}, measure)
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -200,10 +222,11 @@ def _needle(source: Source, options: Any, network: Callable[[], Any], progress: 
         return retrieval.run(
             options,
             source.max_position_tokens,
-            _texts(),
+            _texts,
             encode,
-            lambda prompt, candidates: scoring.score(model, prompt, candidates),
+            lambda prompt, candidates: scoring.score(network(), prompt, candidates),
             done,
+            keep,
         )
 
 

@@ -150,7 +150,7 @@ def probe(harness: Harness, tasks: Iterable[str], run_code: bool) -> dict[str, l
             f"--lm-eval {harness.python}: it has lm-eval {said[0]['version']}, the task list is for {VERSION}; {MAKE_ENVIRONMENT}"
         )
     found = {one["task"]: one for one in said[1:]}
-    problems = []
+    problems, missing = [], []
     for name in names:
         one = found.get(name)
         if one is None:
@@ -161,16 +161,20 @@ def probe(harness: Harness, tasks: Iterable[str], run_code: bool) -> dict[str, l
         elif one.get("error", "").startswith("ModuleNotFoundError"):
             problems.append(f"{name}: a package is missing in lm-eval's environment ({one['error']}); {MAKE_ENVIRONMENT}")
         elif "error" in one:
-            problems.append(
-                f"{name}: its data cannot be loaded ({one['error']}); with a network, once: `{harness.python} {PROBE} {harness.include} {name}`"
-                " with HF_HOME set to a folder, which is copied here and set again, or a task file with local data_files (--include-path)"
-            )
+            missing.append(name)
+            problems.append(f"{name}: its data cannot be loaded ({one['error'].splitlines()[0][:300]})")
         elif one["unsafe_code"] and not run_code:
             problems.append(
                 f"{name}: it executes what the model writes; in a container without network, add --run-generated-code"
             )
     if problems:
-        raise EvaluationError("benchmarks that cannot run:\n  " + "\n  ".join(problems))
+        if missing:
+            load = " ".join([str(harness.python), str(PROBE), str(harness.include), *missing])
+            problems.append(
+                f"data: where there is a network, set HF_HOME to a folder and run `{load}`, copy it here and set HF_HOME; or bring task "
+                "files with local data_files (--include-path)"
+            )
+        raise EvaluationError("\n  ".join(["benchmarks that cannot run (--skip BENCHMARK leaves one out):", *problems]))
     return {name: found[name]["tasks"] for name in names}
 
 

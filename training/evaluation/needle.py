@@ -81,12 +81,15 @@ def make_filler(documents: Iterable[str], encode: Encode, tokens: int) -> Filler
     return Filler(np.concatenate(pieces), np.cumsum([0, *(len(p) for p in pieces)]))
 
 
-def make_case(options: NeedleOptions, filler: Filler, encode: Encode, length_tokens: int, depth: int, sample: int) -> Case:
-    """Sample number `sample` at `length_tokens` tokens and `options.depths_percent[depth]`: prompt and answer have exactly that length.
+def make_case(
+    options: NeedleOptions, filler: Filler, encode: Encode, length_tokens: int, depth_percent: float, sample: int
+) -> Case:
+    """Sample number `sample` with the needle at `depth_percent` of the text: prompt and answer have exactly `length_tokens` tokens.
 
     Raises EvaluationError where the needles alone do not fit, or the tokenizer has not enough codes of one length.
     """
-    rng = np.random.default_rng([options.seed, length_tokens, depth, sample])
+    # Of the cell's own numbers, not of its place in a list: a cell is the same whatever else is measured.
+    rng = np.random.default_rng([options.seed, length_tokens, round(1000 * depth_percent), sample])
     names = [KEYS[i] for i in rng.permutation(len(KEYS))[: options.keys]]
     question = encode(QUESTION.format(key=names[0]))
     values, candidates = _values(rng, encode, QUESTION.format(key=names[0]), question, options.choices)
@@ -102,7 +105,7 @@ def make_case(options: NeedleOptions, filler: Filler, encode: Encode, length_tok
     text = filler.tokens[start : start + around]
     ends = filler.ends[(filler.ends >= start) & (filler.ends <= start + around)] - start
     ends = np.unique(np.concatenate([[0], ends, [around]]))
-    wanted = [around * options.depths_percent[depth] / 100, *rng.uniform(0, around, len(needles) - 1)]
+    wanted = [around * depth_percent / 100, *rng.uniform(0, around, len(needles) - 1)]
     places = [int(ends[np.argmin(np.abs(ends - w))]) for w in wanted]
     pieces, position = [], 0
     # At one place the asked needle comes first; which one it is says nothing, since names are drawn.

@@ -61,6 +61,8 @@ class Request(Strict):
     """Python of the environment that lm-eval 0.4.13 is installed in."""
     include_path: Path | None = None
     """Folder of lm-eval task files beside ours."""
+    skip: list[str] = Field(default_factory=list)
+    """Benchmarks of the lists that are left out, such as those whose data are not here."""
     run_generated_code: bool = False
     """Benchmarks that execute what the model writes are refused without it."""
     limit: Annotated[int, Field(gt=0)] | None = None

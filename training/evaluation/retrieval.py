@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from training.evaluation.errors import EvaluationError
-from training.evaluation.needle import Case, Encode, make_case, make_filler
+from training.evaluation.needle import Case, Encode, Filler, make_case, make_filler
 from training.evaluation.request import NeedleOptions
 
 Score = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 """(prompt [s], candidates [choices, n]) -> (log-probabilities [choices], greedy tokens [n]); training.evaluation.scoring.score."""
+
+Keep = Callable[[int, float, Callable[[], dict[str, Any]]], dict[str, Any]]
 
 
 def lengths_for(options: NeedleOptions, max_position_tokens: int) -> list[int]:
@@ -31,27 +34,40 @@ def lengths_for(options: NeedleOptions, max_position_tokens: int) -> list[int]:
 def run(
     options: NeedleOptions,
     max_position_tokens: int,
-    documents: Iterable[str],
+    documents: Callable[[], Iterable[str]],
     encode: Encode,
     score: Score,
     done: Callable[[int], None] = lambda tokens: None,
+    keep: Keep = lambda length, percent, measure: measure(),
 ) -> dict[str, Any]:
-    """One result per length and depth, and per length; `done` is told the tokens of each prompt as it is scored."""
+    """One result per length and depth, and per length; `done` is told the tokens of each text as it is scored.
+
+    `keep(length, depth, measure)` returns what `measure` does, or what it did before.
+    """
     lengths = lengths_for(options, max_position_tokens)
-    filler = make_filler(documents, encode, max(lengths))
-    cells = []
-    for length in lengths:
-        for depth, percent in enumerate(options.depths_percent):
-            cases = [make_case(options, filler, encode, length, depth, s) for s in range(options.samples)]
-            outcomes = []
-            for case in cases:
-                outcomes.append(_outcome(case, *score(case.prompt, case.candidates)))
-                done(length)
-            cells.append({"length_tokens": length, "depth_percent": percent, **_summary(outcomes), "samples": outcomes})
+    fillers: dict[int, Filler] = {}
+
+    def measure(length: int, percent: float) -> dict[str, Any]:
+        if length not in fillers:
+            fillers.clear()
+            fillers[length] = make_filler(documents(), encode, length)
+        filler, outcomes = fillers[length], []
+        for sample in range(options.samples):
+            case = make_case(options, filler, encode, length, percent, sample)
+            outcomes.append(_outcome(case, *score(case.prompt, case.candidates)))
+            done(length)
+        return {
+            "length_tokens": length,
+            "depth_percent": percent,
+            **_summary(outcomes),
+            "filler_sha256": filler.sha256,
+            "samples": outcomes,
+        }
+
+    cells = [keep(n, p, functools.partial(measure, n, p)) for n in lengths for p in options.depths_percent]
     return {
         "options": options.model_dump(mode="json") | {"lengths_tokens": lengths},
         "chance_ranked_first": 1 / options.choices,
-        "filler_sha256": filler.sha256,
         "cells": cells,
         "by_length": [
             {"length_tokens": n, **_summary([s for c in cells if c["length_tokens"] == n for s in c["samples"]])}

@@ -40,7 +40,7 @@ class Row:
     note: str
 
 
-def rows(suite: Suite, measured: dict[str, dict[str, Any]]) -> list[Row]:
+def rows(suite: Suite, measured: dict[str, dict[str, Any]], skipped: Sequence[str] = ()) -> list[Row]:
     """One row per benchmark of `suite`, in its order; `measured`: benchmark -> result of training.evaluation.harness.parse."""
     out = []
     for name in [*suite.benchmarks, *(n for n in suite.run if n not in suite.benchmarks)]:
@@ -50,7 +50,7 @@ def rows(suite: Suite, measured: dict[str, dict[str, Any]]) -> list[Row]:
         if run is None:
             note, comparable = f"not measured: {suite.not_run[name]}", "none"
         elif result is None:
-            note, comparable = "not measured", run.comparable
+            note, comparable = "not measured: --skip" if name in skipped else "not measured", run.comparable
         else:
             note, comparable = run.why, run.comparable
             if result["limit"] is not None:

@@ -77,15 +77,24 @@ def test_a_failure_in_a_late_part_keeps_the_early_ones_and_writes_no_results(
     with pytest.raises(EvaluationError, match="exit code 9"):
         evaluate.evaluate(asked, Progress())
     assert not (output / "results.json").exists()
-    assert [p.name for p in (output / "parts").iterdir()] == ["needle.json"]
+    assert sorted(p.name for p in (output / "parts").iterdir()) == [
+        "needle.160.0.json",
+        "needle.160.100.json",
+        "needle.320.0.json",
+        "needle.320.100.json",
+    ]
     stand_in.orders(tasks=known)
     said: list[str] = []
     evaluate.evaluate(asked, Progress(said.append))
-    assert any(line.startswith("needle: measured before") for line in said)
+    assert sum(line.startswith("needle.") and "measured before" in line for line in said) == 4
     # Other questions are other measurements.
     again: list[str] = []
     evaluate.evaluate(asked.model_copy(update={"needle": asked.needle.model_copy(update={"seed": 5})}), Progress(again.append))
-    assert not any(line.startswith("needle: measured before") for line in again)
+    assert not any(line.startswith("needle.") for line in again)
+    # A skipped benchmark has its row, without a number.
+    results = evaluate.evaluate(asked.model_copy(update={"skip": ["smoke_choice"]}), Progress(again.append))
+    (row,) = results["benchmarks"]
+    assert (row["ours_percent"], row["note"]) == (None, "not measured: --skip")
 
 
 def test_refusals_name_what_is_wrong(world: World, tmp_path: Path, stand_in: StandIn) -> None:
@@ -98,6 +107,8 @@ def test_refusals_name_what_is_wrong(world: World, tmp_path: Path, stand_in: Sta
     refused("is the model's own folder", output=world.hf)
     refused("--lm-eval is missing", tasks=["smoke"])
     refused("no such task", tasks=["gsm9k"], lm_eval=stand_in.python)
+    refused("no chat template; it is for instruct models", tasks=["granite_4_1_instruct"], lm_eval=stand_in.python)
+    refused("--skip mmlu: no benchmark of these tasks; there are smoke_choice", tasks=["smoke"], skip=["mmlu"])
     refused("is no name", tasks=["a,b"])
     refused("named twice", tasks=["needle", "needle"])
     refused("--tasks is empty", tasks=[])

@@ -103,6 +103,7 @@ def test_the_probe_names_everything_that_cannot_run(stand_in: StandIn, tmp_path:
         "mmlu: its data cannot be loaded",
         "cais/mmlu",
         "HF_HOME",
+        "--skip BENCHMARK",
         "--run-generated-code",
         "nothing: lm-eval 0.4.13 has no such",
     ):

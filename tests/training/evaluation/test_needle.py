@@ -36,9 +36,9 @@ def decode(ids: np.ndarray) -> str:
 def test_texts_have_their_length_and_hold_the_answer_once(
     length: int, depth: float, keys: int, choices: int, seed: int, sample: int
 ) -> None:
-    options = NeedleOptions(depths_percent=[depth], keys=keys, choices=choices, seed=seed)
+    options = NeedleOptions(keys=keys, choices=choices, seed=seed)
     filler = make_filler(TEXT, encode, length)
-    case = make_case(options, filler, encode, length, 0, sample)
+    case = make_case(options, filler, encode, length, depth, sample)
     assert len(case.prompt) + case.candidates.shape[1] == length
     assert case.candidates.shape[0] == choices
     assert len({tuple(c) for c in case.candidates}) == choices
@@ -47,17 +47,17 @@ def test_texts_have_their_length_and_hold_the_answer_once(
     key = next(k for k in KEYS if text.endswith(QUESTION.format(key=k)))
     assert text.count(NEEDLE.format(key=key, value=answer)) == 1
     assert sum(text.count(decode(c).strip()) for c in case.candidates) == keys
-    again = make_case(options, filler, encode, length, 0, sample)
+    again = make_case(options, filler, encode, length, depth, sample)
     assert np.array_equal(case.prompt, again.prompt)
     assert np.array_equal(case.candidates, again.candidates)
 
 
 @pytest.mark.parametrize("depth", [0.0, 25.0, 50.0, 75.0, 100.0])
 def test_needles_lie_at_the_chosen_depth(depth: float) -> None:
-    options = NeedleOptions(depths_percent=[depth])
+    options = NeedleOptions()
     filler = make_filler(TEXT, encode, 4000)
     for sample in range(10):
-        case = make_case(options, filler, encode, 4000, 0, sample)
+        case = make_case(options, filler, encode, 4000, depth, sample)
         # A paragraph of TEXT has at most 60 of 4000 tokens.
         assert case.depth_percent == pytest.approx(depth, abs=2)
         text = decode(case.prompt)
@@ -81,7 +81,7 @@ def test_text_begins_again_where_there_is_not_enough() -> None:
 
 def run(score: retrieval.Score, **options: object) -> dict:
     chosen = NeedleOptions(**{"lengths_tokens": [500], "depths_percent": [0, 50], "samples": 40, **options})
-    return retrieval.run(chosen, 500, TEXT, encode, score)
+    return retrieval.run(chosen, 500, lambda: TEXT, encode, score)
 
 
 def reads(prompt: np.ndarray, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
