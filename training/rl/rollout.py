@@ -31,7 +31,6 @@ class MegatronEngine:
     def __init__(self, model: list[Any], settings: Rollout, *, seed: int, end_id: int) -> None:
         """`model` is Megatron's list of (wrapped) chunks; one chunk, as the interleaved schedule has no inference."""
         assert len(model) == 1, "checked by training.rl.job"
-        self._model = model
         self._core = unwrap_model(model[0])
         self._settings = settings
         self._seed = seed

@@ -14,6 +14,8 @@ from training.rl import losses
 LOW, HIGH = 0.2, 0.28
 # What TRL 1.16.0, verl 0.9.1 and SkyRL 0.4.0 all print for `example()`: the loss and the 1-norm of its gradient.
 ORACLE = (-0.48958930373191833, 0.5940539240837097)
+# What TRL 1.16.0 gives for `with_reference()` and beta 0.05.
+ORACLE_WITH_REFERENCE = (0.7315486073493958, 0.8261677622795105)
 
 
 def example(seed=0, samples=8, length=12):
@@ -23,6 +25,11 @@ def example(seed=0, samples=8, length=12):
     advantages = torch.randn(samples)
     mask = (torch.arange(length)[None] < torch.tensor([12, 3, 7, 1, 9, 12, 5, 2])[:, None]).float()
     return new, old, advantages, mask
+
+
+def with_reference():
+    new, old, advantages, mask = example(seed=3)
+    return new, old, advantages, mask, new + 0.3 * torch.randn_like(new)
 
 
 def loss_and_gradient(new, old, advantages, mask, tokens):
@@ -81,8 +88,7 @@ def trl_loss(new, old, advantages, mask, tokens, *, beta=0.0, reference=None):
 
 @pytest.mark.parametrize("beta", [0.0, 0.05])
 def test_loss_and_divergence_equal_trl(beta):
-    new, old, advantages, mask = example(seed=3)
-    reference = new + 0.3 * torch.randn_like(new)
+    new, old, advantages, mask, reference = with_reference()
     tokens = mask.sum().item()
     theirs = new.clone().requires_grad_()
     expected = trl_loss(theirs, old, advantages, mask, tokens, beta=beta, reference=reference)
@@ -93,6 +99,16 @@ def test_loss_and_divergence_equal_trl(beta):
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
     torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=0)
+
+
+def test_loss_with_divergence_equals_the_stored_numbers_of_trl():
+    new, old, advantages, mask, reference = with_reference()
+    new.requires_grad_()
+    per_token = losses.dapo_token_losses(new, old, advantages, clip_low=LOW, clip_high=HIGH).loss
+    loss = losses.token_share(per_token + 0.05 * losses.k3_divergence(new, reference), mask, mask.sum().item())
+    loss.backward()
+    assert loss.item() == pytest.approx(ORACLE_WITH_REFERENCE[0], abs=1e-6)
+    assert new.grad.abs().sum().item() == pytest.approx(ORACLE_WITH_REFERENCE[1], abs=1e-6)
 
 
 @settings(deadline=None, max_examples=30)
