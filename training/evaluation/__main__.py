@@ -20,6 +20,7 @@ from training.evaluation.request import Request
 from training.exit_codes import FINISHED, REFUSED
 
 DISAGREE = 1
+INTERRUPTED = 130
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     except (EvaluationError, ModelError, DataError, RecipeError) as error:
         print(f"refused: {error}", file=sys.stderr, flush=True)
         return REFUSED
+    except KeyboardInterrupt:
+        print("interrupted; what is measured is kept, run the same command to go on", file=sys.stderr, flush=True)
+        return INTERRUPTED
     table.show(results)
     print(f"results   {request.output}/results.json\ntables    {request.output}/results.md")
     agreement = (results["heldout"] or {}).get("agreement")

@@ -161,6 +161,19 @@ def test_the_command_line_says_what_is_given(monkeypatch: pytest.MonkeyPatch, tm
     assert Request.read(seen[1][-1]).tasks == ["heldout", "needle"]
 
 
+def test_an_interrupt_says_how_to_go_on(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scoring, "score", interrupt)
+    asked = request(world, tmp_path / "out", tasks=["needle"])
+    assert program.main(["--request", asked.model_dump_json()]) == program.INTERRUPTED
+    assert "run the same command to go on" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
 def test_progress_says_how_long_it_takes() -> None:
     said: list[str] = []
     with Progress(said.append, every_seconds=0).part("needle", 10) as done:
