@@ -122,14 +122,13 @@ def _cmdline(process: psutil.Process) -> list[str]:
 def test_preempted_inside_a_save_and_a_node_whose_slurmd_dies(bench: Bench) -> None:
     """Its launcher was killed between two submissions, too.
 
-    SIGTERM comes when the first stage has written the tensors of a checkpoint but not the rest: that save is finished, and the stage goes on
-    from there. In the second stage the job is requeued inside a save and killed before it is whole: it goes on from the one before.
+    SIGTERM comes when rank 0 has written its tensors of a checkpoint but not the rest: that save is finished, and the stage goes on from
+    there. Later the job is requeued inside a save and killed before it is whole: it goes on from the checkpoint before.
     """
     name = "preempted"
-    run = bench.home / "runs" / name
-    arguments = bench.command(
-        name, *SLURM, "--accept-changes", *drill(seconds=0.4, saves="foundation/4=TERM,capability/8=REQUEUE")
-    )
+    run = bench.after_foundation(name)
+    saves = "capability/4=TERM,capability/8=REQUEUE"
+    arguments = bench.command(name, *SLURM, "--accept-changes", *drill(seconds=0.4, saves=saves))
     launcher = subprocess.Popen(
         [QUARRY, *arguments], cwd=bench.home, env=bench.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -138,7 +137,7 @@ def test_preempted_inside_a_save_and_a_node_whose_slurmd_dies(bench: Bench) -> N
         time.sleep(0.002)
     launcher.kill()
     launcher.wait()
-    assert len(journal(run, "submitted")) < 1 + len(STAGES), "killed too late"
+    assert len(journal(run, "submitted")) < len(STAGES), "killed too late"
     code, output = bench.quarry(*arguments)
     assert code == 0, output
     names = [line.split()[1] for line in bench.alive(run)]
@@ -147,24 +146,24 @@ def test_preempted_inside_a_save_and_a_node_whose_slurmd_dies(bench: Bench) -> N
     bench.wait_for_step(run, "capability", 10)  # behind both saves
     node = bench.node_of(run, "capability")
     bench.slurm.node_down(node)
-    bench.wait(lambda: len(journal(run, "started", "capability")) == 3, run)
+    bench.wait(lambda: len(journal(run, "started", "capability")) == 4, run)
     bench.slurm.node_up(node)
     bench.finish(run)
-    assert decisions(run, "foundation") == ["again", "next"]
-    interrupted = journal(run, "outcome", "foundation")[0]
-    assert (interrupted["exit_code"], interrupted["reason"]) == (75, "saved, to be resumed after SIGTERM")
-    killed, lost, finished = journal(run, "decision", "capability")
-    assert [killed["step"], lost["step"], finished["decision"]] == [4, 8, "next"], "from the whole checkpoint before"
-    assert "without a trace" in lost["reason"]
+    preempted, killed, lost, finished = journal(run, "decision", "capability")
+    assert (preempted["decision"], preempted["reason"]) == ("again", "saved at step 5, to be resumed")
+    assert killed["step"] == 5, "the checkpoint of step 8 was not whole"
+    assert lost["step"] >= 8
+    assert all("without a trace" in row["reason"] for row in (killed, lost))
+    assert finished["decision"] == "next"
 
 
 def test_a_time_limit_is_only_the_end_of_a_slice(bench: Bench, limited: Path) -> None:
     """Three slices of one stage: the signal before Slurm's own limit, the limit itself inside a save that does not end, the end."""
     bench.finish(limited, STAGES[:1])
-    first, second, *_, last = journal(limited, "decision", "foundation")
-    assert (first["decision"], first["reason"]) == ("again", "saved at step 4, to be resumed")
-    assert (second["decision"], second["step"]) == ("again", 4)
-    assert "killed at the limit" in second["reason"]
+    # On a machine that is slow beyond measure a signal may come before the first step: such a slice more does no harm.
+    *slices, last = journal(limited, "decision", "foundation")
+    assert "saved at step 4, to be resumed" in [row["reason"] for row in slices]
+    assert ["killed at the limit" in row["reason"] for row in slices if row["step"] == 4][-1]
     assert last["decision"] == "next"
 
 
