@@ -35,8 +35,8 @@ CALLS = (2, 4)
 """Fewest and most blocks that are encoded at a time, otherwise one per thread of gigatoken's: before and behind each call Python works."""
 WAITING_BLOCKS = 2
 """Encoded ones that wait for an earlier one."""
-BLOCKS_AHEAD = 32
-"""Buffers: what is read while the tokenizer is loaded (a third of a second), 130 MB."""
+BLOCKS_AHEAD = 16
+"""Buffers, 64 MB: what is read while the tokenizer is loaded (a third of a second)."""
 SPARE_TOKENS = 1 << 20
 """Of an output array that is used again and again; blocks of text have fewer."""
 LARGE_CHARS = 16 << 20

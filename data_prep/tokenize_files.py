@@ -28,10 +28,10 @@ VERSION = 1
 """Of the output; raise it when the same input would give other bytes."""
 MEMORY_MB = 700
 """Of each process of up to THREADS_PER_PROCESS workers; a run with two workers then peaks below 800 MB."""
-MEMORY_MB_MIN = 450
+MEMORY_MB_MIN = 500
 """Less does not hold a tokenizer of 100,000 entries and the blocks under way."""
-UNCOUNTED_MB = 250
-"""A process may grow by this much (the words of the blocks under way) before its memory is looked at again."""
+UNCOUNTED_MB = 350
+"""A process may grow by this much (the words of the blocks under way) before its memory is looked at again, its reader's included."""
 THREADS_PER_PROCESS = 8
 """One process reads, checks and writes about as fast as eight threads encode; more workers are more processes."""
 SAMPLE_FROM_BYTES = 1 << 30
