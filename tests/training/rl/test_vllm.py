@@ -151,7 +151,7 @@ def test_a_run_whose_rollouts_come_from_the_server(tmp_path):
             tmp_path / "stage",
             "pp2",
             steps=2,
-            samples_per_prompt=4,
+            samples_per_prompt=2,
             learning_rate=2e-2,
             rollout={
                 "engine": "vllm",
@@ -168,7 +168,7 @@ def test_a_run_whose_rollouts_come_from_the_server(tmp_path):
         assert drive(tmp_path / "log.txt", stage) == [0], (tmp_path / "log.txt").read_text()[-3000:]
     finally:
         double.close()
-    assert double.calls == {"/collective_rpc": 2, "/reset_prefix_cache": 2, "/v1/completions": 80}
+    assert double.calls == {"/collective_rpc": 2, "/reset_prefix_cache": 2, "/v1/completions": 40}
     assert [row["step"] for row in rows(stage)] == [1, 2]
     # The second step's rollouts come from other weights than the first's: stale ones would show.
     assert all(0 < row["max_gap_nats"] < 1e-5 for row in rows(stage))
