@@ -14,6 +14,11 @@ ENV PATH=/opt/quarry/venv/bin:$PATH \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PYTHONUNBUFFERED=1 \
     MPLCONFIGDIR=/tmp/matplotlib
+# Rewards run model-written code in bubblewrap, where the container may make user namespaces.
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends bubblewrap util-linux \
+ && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/quarry/source
 COPY requirements.lock pyproject.toml README.md LICENSE ./
 # An environment over the base image's packages: what the lock pins is put in front of them, nothing of theirs is replaced.
@@ -74,6 +79,10 @@ FROM python:${PYTHON_TAG} AS cpu
 ENV PATH=/opt/quarry/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     MPLCONFIGDIR=/tmp/matplotlib
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends bubblewrap util-linux \
+ && rm -rf /var/lib/apt/lists/*
 COPY --from=cpu-build /opt/quarry/venv /opt/quarry/venv
 RUN useradd --uid 10001 --user-group --create-home quarry \
  && install -d -o quarry -g quarry /quarry /quarry/runs

@@ -237,4 +237,7 @@ def _inputs(recipe: Recipe) -> list[tuple[str, str]]:
             ]
             if sft.chat_template is not None:
                 found.append((f"sft.{stage}.chat_template", sft.chat_template))
+    for stage, grpo in recipe.grpo.items():
+        if stage in recipe.stages:
+            found += [(f"grpo.{stage}.prompts", path) for path in grpo.prompts]
     return found

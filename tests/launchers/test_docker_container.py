@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from launchers.chain import Launch
-from launchers.docker_container import Caller, Containers, gpus_of, options_of
+from launchers.docker_container import Caller, Containers, _inputs, gpus_of, options_of
 from launchers.errors import LaunchError
 from launchers.stage_job import DATA, NAME, StageJob, stage_job
 from recipes.schema import Recipe
@@ -171,6 +172,14 @@ def test_sources_that_no_container_would_see_are_refused_by_key(here: Any, paths
         return
     with pytest.raises(LaunchError, match=r"data\.sources\.mine\.paths = .*container_mounts="):
         containers(here, data=data)
+
+
+def test_prompts_are_inputs_of_the_stages_that_run(here: Any) -> None:
+    grpo = {name: SimpleNamespace(prompts=[f"{name}.jsonl"]) for name in ("math", "left_out")}
+    recipe = on_docker(here)
+    stub = SimpleNamespace(data=recipe.data, sft={}, grpo=grpo, stages=[*recipe.stages, "math"])
+    assert _inputs(stub)[-1] == ("grpo.math.prompts", "math.jsonl")
+    assert len(_inputs(stub)) == len(_inputs(recipe)) + 1
 
 
 def test_an_image_is_needed_to_launch(here: Any) -> None:
