@@ -148,4 +148,4 @@ def test_the_gpu_image_keeps_its_torch(stages: dict[str, Stage]) -> None:
     assert all("PIP_CONSTRAINT=/opt/quarry/constraints.txt" in run for run in runs if " install --no-deps" in run)
     assert "cmp - /opt/quarry/constraints.txt" in runs[-1]
     release = locked()["torch"].rpartition(".")[0].replace(".", "\\.")
-    assert f"^torch=={release}\\." in runs[0], "the check of the base's torch follows the lock"
+    assert any(f"^torch=={release}\\." in run for run in runs), "the check of the base's torch follows the lock"
