@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 
 from recipes.compose import compose
+from recipes.grpo_stage import settings
 from recipes.schema import RecipeError
+from recipes.sft_stage import as_phase
 from training import cpu_backend
 from training.arguments import NOMINAL_LR, Load, add_granite_arguments, compile_phase
+from training.rl.job import Initial, Job
 
 cpu_backend.install()
 
@@ -34,8 +37,11 @@ used_layouts: set[str] = set()
 
 def parse(recipe, stage, monkeypatch, load=None):
     """Megatron's validated arguments of a phase, as its job at the phase's world size would have them."""
-    world = recipe.phase[stage].parallel.gpus
-    monkeypatch.setattr(sys, "argv", ["pretrain", *compile_phase(recipe, stage, Path("/runs/x"), load)])
+    return parsed(compile_phase(recipe, stage, Path("/runs/x"), load), recipe.phase[stage].parallel.gpus, monkeypatch)
+
+
+def parsed(arguments, world, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pretrain", *arguments])
     for name, value in (
         ("WORLD_SIZE", world),
         ("RANK", 0),
@@ -87,8 +93,54 @@ def test_smoke_compiles(monkeypatch):
         check(config, recipe.model)
 
 
-def test_every_layout_that_is_shipped_is_part_of_a_curriculum():
-    """Runs after the two above (one process, file order): a layout that no curriculum uses would be compiled by no test."""
+POSTTRAIN = """# @package _global_
+defaults:
+  - /posttrain@sft.sft: sft
+  - /posttrain@grpo.math: grpo_math
+  - five_phase
+  - _self_
+name: posttrain
+stages: [foundation, capability, annealing, sft, math, export]
+sft: {sft: {sources: {chat: {paths: [chat.jsonl]}}}}
+grpo: {math: {prompts: [math.jsonl], rewards: {domains: {math: {parts: [{reward: math}]}}}}}
+"""
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_stages_of_post_training_compile(tmp_path, monkeypatch, model):
+    (tmp_path / "curriculum").mkdir()
+    (tmp_path / "curriculum" / "posttrain.yaml").write_text(POSTTRAIN)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    recipe = compose(["curriculum=posttrain", f"model={model}"], [tmp_path])
+    seen = as_phase(recipe, "sft", sequences=25_600)
+    own = recipe.grpo["math"]
+    job = Job(
+        model=recipe.model,
+        grpo=settings(recipe, "math"),
+        parallel=own.parallel,
+        precision=own.precision,
+        optimizer=recipe.optimizer,
+        seed=1,
+        gpu="h100",
+        tokenizer="tokenizer",
+        prompts=own.prompts,
+        rewards=own.rewards,
+        initial=Initial(checkpoints="/runs/x", step=5),
+    )
+    job.check()
+    for layout, (args, config) in (
+        (seen.phase["sft"].parallel, parse(seen, "sft", monkeypatch)),
+        (own.parallel, parsed(job.compile(Path("/runs/x"), None), own.parallel.gpus, monkeypatch)),
+    ):
+        used_layouts.add(layout.name)
+        assert (args.world_size, args.data_parallel_size) == (layout.gpus, layout.data)
+        assert args.use_distributed_optimizer
+        assert args.bf16
+        check(config, recipe.model)
+
+
+def test_every_layout_that_is_shipped_is_part_of_a_recipe():
+    """Runs after those above (one process, file order): a layout that nothing uses would be compiled by no test."""
     if not used_layouts:
         pytest.skip("run the whole file: the compile tests fill the list")
     folder = RECIPES / "parallel"
