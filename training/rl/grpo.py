@@ -3,7 +3,7 @@
     python -m training.rl.grpo --stage-dir runs/mine/stages/math        # the folder holds job.json
 
 Exit codes: 0 finished (also when it had finished before); 74 no space left; 75 saved and to be resumed; 78 refused, a setting or a file is
-wrong; 17 stopped by its own rule (training/rl/health.py) or by a number that is not finite; any other: a crash.
+wrong; 17 stopped by its own rule (training/rl/health.py), by a number that is not finite or for want of rewards; any other: a crash.
 
 On CPU the ranks are forked after one import of Megatron, on GPUs torchrun makes them, as in training.stage.
 """
@@ -30,7 +30,7 @@ from training.arguments import Load, add_granite_arguments
 from training.exit_codes import DISK_FULL, FINISHED, REFUSED, REQUEUE, SUSPICIOUS, SuspiciousResult
 from training.handoff import Refused, _read_start, latest_step
 from training.metrics import MetricsLog
-from training.rewards import Message, RewardError, RewardPlan, Rewards
+from training.rewards import Message, RewardError, RewardPlan, Rewards, TooManyFailures
 from training.rewards import Sample as RewardSample
 from training.rl.job import Job
 from training.rl.prompts import PromptError, Prompts, Sample, read_prompts
@@ -318,18 +318,24 @@ def _reward_function(job: Job, reward: RewardFunction | None) -> Iterator[Reward
     import torch
     from megatron.core import parallel_state as mpu
 
+    from training.rl.trainer import RewardsFailed
+
     if reward is not None or torch.distributed.get_rank() != mpu.get_model_parallel_src_rank():
         yield reward or _asked_elsewhere
         return
     with Rewards(RewardPlan.parse(job.rewards, "rewards")) as scorer:
 
-        def score(samples: list[Sample]) -> list[float]:
-            return [s.value for s in scorer.score([_for_reward(sample) for sample in samples])]
+        def score(samples: list[Sample]) -> list[float | None]:
+            try:
+                scores = scorer.score([_for_reward(sample) for sample in samples])
+            except TooManyFailures as error:
+                raise RewardsFailed(str(error)) from error
+            return [None if s.failed else s.value for s in scores]
 
         yield score
 
 
-def _asked_elsewhere(samples: list[Sample]) -> list[float]:
+def _asked_elsewhere(samples: list[Sample]) -> list[float | None]:
     raise AssertionError("rewards are asked for on the first rank of the replica")
 
 

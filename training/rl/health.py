@@ -63,6 +63,7 @@ class Health:
     divergence_nats: float
     """Mean k3 divergence from the reference; 0 without one."""
     reward: float
+    """Mean of the samples whose score did not fail."""
     reward_per_domain: dict[str, float]
     response_tokens: float
     """Mean length."""
@@ -70,22 +71,26 @@ class Health:
     truncated_share: float
     no_signal_share: float
     """Of the groups whose rewards are all equal, before dynamic sampling leaves them out."""
+    failed_reward_share: float
+    """Of the samples: their score failed, they teach nothing."""
 
     @classmethod
     def of(
         cls,
         tally: Tally,
         *,
-        rewards: Sequence[float],
+        rewards: Sequence[float | None],
         domains: Sequence[str],
         lengths: Sequence[int],
         truncated: Sequence[bool],
         has_signal: Sequence[bool],
     ) -> Health:
-        """`rewards`, `domains`, `lengths` and `truncated` are per sample, `has_signal` per group."""
+        """`rewards` (None: the score failed, not of all), `domains`, `lengths` and `truncated` are per sample, `has_signal` per group."""
         per_domain: dict[str, list[float]] = defaultdict(list)
         for domain, reward in zip(domains, rewards, strict=True):
-            per_domain[domain].append(reward)
+            if reward is not None:
+                per_domain[domain].append(reward)
+        scored = [reward for reward in rewards if reward is not None]
         tokens, loss_tokens = max(tally.sums["tokens"], 1), max(tally.sums["loss_tokens"], 1)
         return cls(
             mean_gap_nats=tally.sums["gap"] / tokens,
@@ -94,12 +99,13 @@ class Health:
             clipped_low_share=tally.sums["clipped_low"] / loss_tokens,
             clipped_high_share=tally.sums["clipped_high"] / loss_tokens,
             divergence_nats=tally.sums["divergence"] / loss_tokens,
-            reward=sum(rewards) / len(rewards),
+            reward=sum(scored) / len(scored),
             reward_per_domain={domain: sum(values) / len(values) for domain, values in sorted(per_domain.items())},
             response_tokens=sum(lengths) / len(lengths),
             max_response_tokens=max(lengths),
             truncated_share=sum(truncated) / len(truncated),
             no_signal_share=1 - sum(has_signal) / len(has_signal),
+            failed_reward_share=1 - len(scored) / len(rewards),
         )
 
 

@@ -27,15 +27,21 @@ class Advantages:
     """bool; False where all rewards of the group are equal, so that no sample is better than another."""
 
 
-def group_advantages(rewards_GN: torch.Tensor, *, deviation: Deviation, epsilon: float) -> Advantages:
+def group_advantages(
+    rewards_GN: torch.Tensor, *, deviation: Deviation, epsilon: float, scored_GN: torch.Tensor | None = None
+) -> Advantages:
     """A = (R - mean) / (std + epsilon) within each group (GRPO, section 4.1.2).
 
     `deviation` chooses std: "sample" divides by N - 1 (TRL, verl and SkyRL do), "population" by N, "none" leaves the division out
     (Dr. GRPO, arXiv 2503.20783). `epsilon` keeps nearly equal rewards from being blown up; 1e-4 in TRL, 1e-6 in verl.
+    Where `scored_GN` (bool; None: everywhere) is False a score failed: the sample enters no mean and its advantage is 0; what is left of
+    its group counts as a group of that size, and one sample is no group.
     Raises ValueError for rewards that are not finite, or groups of fewer than two samples.
     """
     if rewards_GN.dim() != 2 or rewards_GN.size(1) < 2:
         raise ValueError(f"rewards have shape {tuple(rewards_GN.shape)}: a group needs at least two samples to compare")
+    if scored_GN is not None and not scored_GN.all():
+        return _of_those_scored(rewards_GN.double(), scored_GN, deviation, epsilon)
     rewards = rewards_GN.double()
     if not torch.isfinite(rewards).all():
         group, sample = (~torch.isfinite(rewards)).nonzero()[0].tolist()
@@ -52,6 +58,16 @@ def group_advantages(rewards_GN: torch.Tensor, *, deviation: Deviation, epsilon:
         raise ValueError(f"deviation is {deviation!r}; use sample, population or none")
     # A mean of equal numbers may differ from them in the last bit: without signal, nothing at all is to be learned.
     return Advantages(torch.where(has_signal[:, None], values, 0.0), has_signal)
+
+
+def _of_those_scored(rewards_GN: torch.Tensor, scored_GN: torch.Tensor, deviation: Deviation, epsilon: float) -> Advantages:
+    values, has_signal = torch.zeros_like(rewards_GN), torch.zeros(len(rewards_GN), dtype=torch.bool)
+    for group, scored in enumerate(scored_GN):
+        if scored.sum() > 1:
+            part = group_advantages(rewards_GN[group, scored][None], deviation=deviation, epsilon=epsilon)
+            values[group, scored] = part.values_GN[0]
+            has_signal[group] = part.has_signal_G[0]
+    return Advantages(values, has_signal)
 
 
 @dataclass(frozen=True)

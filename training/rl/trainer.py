@@ -30,8 +30,15 @@ from training.rl.policy import Policy, ReferenceWeights, computes_loss
 from training.rl.prompts import Prompt, PromptOrder, Prompts, Sample
 from training.rl.state import SamplerState
 
-RewardFunction = Callable[[list[Sample]], list[float]]
-"""One finite reward per sample, in order. Called on one rank of each replica, with that replica's samples."""
+RewardFunction = Callable[[list[Sample]], list[float | None]]
+"""One finite reward per sample, in order; None where scoring failed. Called on one rank of each replica, with that replica's samples.
+
+RewardsFailed, raised there, stops all ranks.
+"""
+
+
+class RewardsFailed(Exception):
+    """Too many scores failed to train on the rest."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Rollouts:
     """One step's samples of all replicas, whole groups in the order of their prompts; the same on every rank."""
 
     samples: list[Sample]
-    rewards: list[float]
+    rewards: list[float | None]
     """What the reward function says."""
     advantages: list[float]
     has_signal: list[bool]
@@ -171,18 +178,22 @@ class Trainer:
         """Rounds of rollouts until there are enough groups; without dynamic sampling there is one."""
         settings = self._settings
         samples: list[Sample] = []
-        rewards: list[float] = []
+        rewards: list[float | None] = []
         rounds = 0
         while True:
             more_samples, more_rewards = self._round(self._state.prompt_position + rounds * settings.prompts_per_step)
             samples, rewards, rounds = samples + more_samples, rewards + more_rewards, rounds + 1
-            shaped = torch.tensor(rewards, dtype=torch.float64) + losses.soft_overlong_punishment(
+            scored = torch.tensor([reward is not None for reward in rewards])
+            shaped = torch.tensor([reward or 0.0 for reward in rewards], dtype=torch.float64) + losses.soft_overlong_punishment(
                 torch.tensor([len(s.completion_ids) for s in samples]),
                 limit_tokens=settings.rollout.max_response_tokens,
                 cache_tokens=settings.overlong_cache_tokens,
             )
             groups = losses.group_advantages(
-                shaped.view(-1, settings.samples_per_prompt), deviation=settings.deviation, epsilon=settings.advantage_epsilon
+                shaped.view(-1, settings.samples_per_prompt),
+                deviation=settings.deviation,
+                epsilon=settings.advantage_epsilon,
+                scored_GN=scored.view(-1, settings.samples_per_prompt),
             )
             keep = list(range(settings.prompts_per_step))
             if settings.dynamic_sampling:
@@ -204,8 +215,11 @@ class Trainer:
                 rounds=rounds,
             )
 
-    def _round(self, position: int) -> tuple[list[Sample], list[float]]:
-        """Samples and rewards of `prompts_per_step` prompts from `position` on, each replica its share; the same on all ranks."""
+    def _round(self, position: int) -> tuple[list[Sample], list[float | None]]:
+        """Samples and rewards of `prompts_per_step` prompts from `position` on, each replica its share; the same on all ranks.
+
+        SuspiciousResult, on every rank alike, where rewards cannot be had.
+        """
         settings = self._settings
         replicas, replica = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
         share = settings.prompts_per_step // replicas
@@ -219,6 +233,14 @@ class Trainer:
         rewards = self._score(samples)
         gathered: list[Any] = [None] * replicas
         torch.distributed.all_gather_object(gathered, (completions, rewards), group=mpu.get_data_parallel_group())
+        reason = next((theirs for _, theirs in gathered if isinstance(theirs, str)), None)
+        if reason is None and all(reward is None for _, theirs in gathered for reward in theirs):
+            reason = "the score of every sample failed"
+        if reason is not None:
+            raise SuspiciousResult(
+                f"step {self._state.step + 1}: no rewards to learn from: {reason} (last checkpoint: step "
+                f"{latest_step(self._stage_dir / 'checkpoints')})"
+            )
         everything: list[Sample] = []
         for other, (theirs, _) in enumerate(gathered):
             first = position + other * share
@@ -242,14 +264,17 @@ class Trainer:
             self._prompt(request.position), request.position, request.number, done.ids, done.logprobs, done.truncated, text
         )
 
-    def _score(self, samples: list[Sample]) -> list[float]:
-        """Rewards of this replica's samples, asked for on one of its ranks."""
+    def _score(self, samples: list[Sample]) -> list[float | None] | str:
+        """Rewards of this replica's samples, asked for on one of its ranks, or why there are none."""
         source = mpu.get_model_parallel_src_rank()
         group = mpu.get_model_parallel_group()
         rewards: list[Any] = [None]
         if torch.distributed.get_rank() == source:
-            rewards[0] = [float(reward) for reward in self._reward(samples)]
-            if len(rewards[0]) != len(samples):
+            try:
+                rewards[0] = [None if reward is None else float(reward) for reward in self._reward(samples)]
+            except RewardsFailed as error:
+                rewards[0] = str(error)  # not raised here: the other ranks would wait for this one
+            if not isinstance(rewards[0], str) and len(rewards[0]) != len(samples):
                 raise ValueError(f"the reward function gave {len(rewards[0])} rewards for {len(samples)} samples")
         if group.size() > 1:
             torch.distributed.broadcast_object_list(rewards, source, group=group)

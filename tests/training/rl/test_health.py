@@ -30,6 +30,12 @@ def test_numbers_of_samples_and_groups():
     assert h.no_signal_share == pytest.approx(2 / 5)
 
 
+def test_failed_scores_are_in_no_mean():
+    h = health(rewards=[1.0, None, 0.5, None])
+    assert (h.reward, h.reward_per_domain, h.failed_reward_share) == (0.75, {"a": 0.75}, 0.5)
+    assert health().failed_reward_share == 0
+
+
 def test_numbers_of_tokens_add_up_over_micro_batches_and_ranks():
     torch.manual_seed(0)
     rollout, training, mask = torch.randn(4, 5), torch.randn(4, 5), torch.tensor([[1, 1, 0, 0, 0]] * 3 + [[1] * 5]).float()

@@ -185,6 +185,23 @@ def test_advantages(rewards, deviation):
         assert values[group.argmax()] == values.max()
 
 
+@settings(deadline=None, max_examples=40)
+@given(rewards_of(3, 5), st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=3, max_size=3))
+def test_a_failed_score_leaves_a_smaller_group(rewards, scored):
+    values, mask = torch.tensor(rewards, dtype=torch.float64), torch.tensor(scored)
+    result = losses.group_advantages(torch.where(mask, values, 7.0), deviation="sample", epsilon=1e-6, scored_GN=mask)
+    for group in range(3):
+        own = mask[group]
+        assert not result.values_GN[group, ~own].any()
+        if own.sum() < 2:
+            assert not result.has_signal_G[group]
+            assert not result.values_GN[group].any()
+        else:
+            alone = losses.group_advantages(values[group, own][None], deviation="sample", epsilon=1e-6)
+            assert result.has_signal_G[group] == alone.has_signal_G[0]
+            torch.testing.assert_close(result.values_GN[group, own], alone.values_GN[0], rtol=0, atol=0)
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.floats(-5, 5), st.floats(0.1, 10))
 def test_advantages_do_not_see_shift_and_scale_of_rewards(shift, scale):

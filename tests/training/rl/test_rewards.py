@@ -36,11 +36,39 @@ def with_rewards(stage, plan):
     return stage
 
 
-def test_a_plan_scores_the_samples_of_each_replica(tmp_path):
-    stage = with_rewards(prepare(tmp_path / "stage", "dp2", steps=1, samples_per_prompt=4, record_samples=40), PLAN)
+def run(stage):
     command = [sys.executable, "-W", "ignore", "-c", TORCHRUN, str(stage)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_failed_scores_teach_nothing_and_too_many_stop_every_rank(tmp_path):
+    """In one run: the guard judges a domain only once it has seen more samples of it than the first step gives."""
+    domains = {"*": {"parts": [{"reward": "tests.training.rl.failing:Sometimes"}]}}
+    plan = {
+        "domains": domains,
+        "workers": 1,
+        "max_failure_share": 0.01,
+        "failure_window_samples": 40,
+        "failure_min_samples": 21,
+    }
+    stage = with_rewards(prepare(tmp_path / "stage", "dp2", steps=9, samples_per_prompt=4, record_samples=40), plan)
+    done = run(stage)
+    assert done.returncode == 17, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "no rewards to learn from: domain '" in done.stderr
+    assert "OSError: not this one" in done.stderr
+    first, *_ = rows(stage)
+    assert 0.05 < first["failed_reward_share"] < 0.95
+    samples = [json.loads(line) for line in (stage / "rollouts" / "step_0000001.jsonl").read_text().splitlines()]
+    for sample in samples:
+        assert (sample["reward"] is None) == (sample["completion"][:1] in tuple("02468"))
+        assert sample["reward"] is not None or sample["advantage"] == 0
+    assert any(sample["reward"] for sample in samples)
+
+
+def test_a_plan_scores_the_samples_of_each_replica(tmp_path):
+    stage = with_rewards(prepare(tmp_path / "stage", "dp2", steps=1, samples_per_prompt=4, record_samples=40), PLAN)
+    done = run(stage)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert (stage / "result.json").exists()
     (row,) = rows(stage)
