@@ -89,7 +89,7 @@ class ReadingProcess:
             os.close(write_fd)
             os.close(free_fd)
         assert self._process.stdin is not None
-        with self._process.stdin as stdin:
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:  # it ended at once: blocks() says how
             stdin.write(marshal.dumps(spec))
 
     def blocks(self) -> Iterator[Block]:

@@ -37,8 +37,8 @@ WAITING_BLOCKS = 2
 """Encoded ones that wait for an earlier one."""
 BLOCKS_AHEAD = 16
 """Buffers, 64 MB: what is read while the tokenizer is loaded (a third of a second)."""
-SPARE_TOKENS = 1 << 20
-"""Of an output array that is used again and again; blocks of text have fewer."""
+SPARE_TOKENS = 2 << 20
+"""Of an output array that is used again and again; blocks have fewer, but for those with a long document, whose arrays are given back."""
 LARGE_CHARS = 16 << 20
 """Blocks with a document of this size are encoded one at a time: each takes ten times its size in memory."""
 WRITEBACK_BYTES = 32 << 20
@@ -224,7 +224,7 @@ class _Pipeline:
     def spare(self, tokens: np.ndarray) -> None:
         """Take back tokens that were written: fresh memory costs the kernel as much as the copy into it."""
         base = tokens.base
-        if isinstance(base, np.ndarray) and base.flags.owndata and base.dtype == tokens.dtype:  # not gigatoken's own
+        if isinstance(base, np.ndarray) and len(base) == SPARE_TOKENS and base.dtype == tokens.dtype and base.flags.owndata:
             self._spare.put(base)
 
     def _memory(self, size: int) -> np.ndarray:

@@ -83,6 +83,14 @@ def test_a_process_that_dies_is_an_error_that_says_so(pieces):
     reader.close()
 
 
+def test_a_process_that_cannot_begin_is_an_error_that_says_so(pieces, monkeypatch):
+    monkeypatch.setattr(reading_process, "PROGRAM", "import os; os._exit(3)")
+    reader = ReadingProcess(pieces, "text", 3, as_text=False)
+    with pytest.raises(RuntimeError, match=r"ended \(exit code 3\)"):
+        list(reader.blocks())
+    reader.close()
+
+
 def test_what_fails_in_the_process_is_raised_here(pieces, monkeypatch):
     start = "from data_prep import blocks; from data_prep.errors import DataError; "
     for error, expected, message in (
