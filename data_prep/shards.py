@@ -122,7 +122,7 @@ def run_shard(
                     started = size
                 if tokens.size:
                     highest = max(highest, int(tokens.max()))
-                for place, reason in done.bad:
+                for place, reason in sorted(done.bad, key=lambda one: one[0]):  # some show when read, some when encoded
                     bad[reason.kind] += 1
                     entry = {
                         "piece": place >> LINE_BITS,

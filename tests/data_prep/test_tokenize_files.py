@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 import zstandard
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_prep import blocks, reading_process, tokenize_files
@@ -262,6 +262,9 @@ junk = st.one_of(
     edits=st.lists(st.tuples(st.integers(0, 11), st.floats(0, 1), st.integers(0, 3), junk), max_size=6),
     block=st.sampled_from([300, 1 << 20]),
 )
+@example(
+    edits=[(0, 0.5, 0, b"\\u0000"), (1, 0.0, 0, b"\x00")], block=1 << 20
+)  # the first shows in the tokens, the second in the line
 def test_whatever_the_bytes_are_every_line_is_a_document_or_quarantined(tmp_path_factory, tokenizer, edits, block):
     lines = [
         json.dumps({"id": n, "text": f"document {n} \u00e9", "x": [1, {"y": None}]}, ensure_ascii=bool(n % 2)).encode()
