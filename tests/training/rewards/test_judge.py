@@ -19,14 +19,11 @@ class Service(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.lock = threading.Lock()
-        self.reset()
+        self.bodies, self.headers, self.seen, self.flying, self.peak = [], [], {}, 0, 0
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def handle_error(self, request, client_address):
         """A connection that a test closes is no news."""
-
-    def reset(self):
-        self.bodies, self.headers, self.seen, self.flying, self.peak = [], [], {}, 0, 0
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -98,20 +95,15 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
 
-@pytest.fixture(scope="module")
-def running():
+@pytest.fixture
+def service():
+    """One for each test: a request that its client has given up may still be on its way, and must not be counted by the next test."""
     with Service() as service:
         thread = threading.Thread(target=service.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield service
         service.shutdown()
         thread.join()
-
-
-@pytest.fixture
-def service(running):
-    running.reset()
-    return running
 
 
 QUICK = {"model": "m", "time_limit_seconds": 20, "request_seconds": 10, "backoff_seconds": 0.01, "retries": 2}
