@@ -15,7 +15,8 @@ from launchers.processes import is_alive
 from launchers.runs import RunFolder
 from launchers.stage_job import DATA
 from launchers.steps import sft_steps
-from recipes.plan import PEAK_BF16_FLOPS, flops_per_token
+from recipes.flops import flops_per_token
+from recipes.plan import PEAK_BF16_FLOPS
 from recipes.schema import Recipe
 
 State = Literal["waiting", "running", "finished", "failed", "interrupted"]

@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from recipes.flops import flops_per_token, parameters
+from recipes.gpus import PEAK_BF16_FLOPS
 from recipes.grpo_stage import settings
 from recipes.posttrain import GrpoStage
 from recipes.schedules import first_peak_last
-from recipes.schema import Model, Phase, Recipe
+from recipes.schema import Phase, Recipe
 from recipes.sft_options import Sft
 from recipes.sft_stage import rope_base
 
@@ -19,28 +21,8 @@ if TYPE_CHECKING:
 
 ASSUMED_MFU = 0.40
 """Model FLOPs utilisation behind the times: Megatron-LM reports 41-48% for 2B to 462B on H100; a plan should not be beaten by weather."""
-PEAK_BF16_FLOPS = {"h100": 989e12, "h200": 989e12, "b200": 2250e12, "gb200": 2500e12}
-"""Dense bf16 FLOP/s of one GPU (NVIDIA's data sheets). FP8 is not counted: what it gains has to be measured."""
 PLAN_WIDTH_COLUMNS = 120
 """Width of the table where there is no terminal to ask."""
-
-
-def parameters(model: Model) -> int:
-    """Parameters of the model: embedding, per layer attention, SwiGLU and two norms, and the final norm; no biases."""
-    attention = 2 * model.hidden_size * model.head_dim * (model.num_attention_heads + model.num_query_groups)
-    layer = attention + 3 * model.hidden_size * model.ffn_hidden_size + 2 * model.hidden_size
-    embeddings = model.vocab_size * model.hidden_size * (1 if model.tied_embeddings else 2)
-    return embeddings + model.num_layers * layer + model.hidden_size
-
-
-def flops_per_token(model: Model, seq_length_tokens: int) -> float:
-    """Model FLOPs to train on one token: 6 N for the matrices and 6 L h s for causal attention (h = heads x head_dim).
-
-    N counts the embedding once: as a lookup it costs nothing, as the tied head it multiplies; an untied lookup table is left out.
-    Recomputation is no model FLOP.
-    """
-    matrices = parameters(model) - (0 if model.tied_embeddings else model.vocab_size * model.hidden_size)
-    return 6 * matrices + 6 * model.num_layers * model.num_attention_heads * model.head_dim * seq_length_tokens
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipes.compose import compose
+from recipes.flops import flops_per_token, parameters
+from recipes.gpus import PEAK_BF16_FLOPS
 from recipes.plan import (
-    PEAK_BF16_FLOPS,
-    flops_per_token,
     human_length,
     human_lr,
     human_tokens,
     notes,
-    parameters,
     plan_phase,
     print_plan,
 )
