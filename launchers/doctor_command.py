@@ -154,7 +154,7 @@ def _moved(recipe: Recipe, kind: Kind, gpus: list[Gpu]) -> Recipe:
 
 
 def _cpu_reasons(recipe: Recipe, findings: Findings) -> list[str]:
-    from recipes.plan import parameters
+    from recipes.flops import parameters
 
     needed_gb = parameters(recipe.model) * CPU_BYTES_PER_PARAMETER / 1e9
     if needed_gb <= findings.memory_gb:

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from recipes.compose import TREE, compose, known_options
+from recipes.flops import parameters
 from recipes.lint import lint
-from recipes.plan import parameters
 from recipes.schema import Recipe
 
 GRANITE = ("granite_4_1_3b", "granite_4_1_8b", "granite_4_1_30b")

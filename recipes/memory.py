@@ -1,0 +1,296 @@
+"""Memory of one rank before anything is started: what Megatron allocates for parameters, gradients and optimizer, to the byte, and an
+account of activations, logits and communication.
+
+Parameters and gradients lie in the flat buffers of Megatron's DistributedDataParallel, whose padding and buckets are computed here as there
+(megatron-core 0.19.2: core/optimizer/param_layout.py, core/optimizer/distrib_optimizer.py `_compute_per_buffer_param_layout`,
+training/training.py `get_model`). tests/recipes/test_memory.py builds the rank's slice in Megatron and compares.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from recipes import activations
+from recipes.job_options import Optimizer, Parallel, Precision
+from recipes.schema import Model
+
+GRADIENT_BYTES = 4
+"""Gradients are accumulated and reduced in fp32 (accumulate_allreduce_grads_in_fp32, which --bf16 turns on)."""
+OPTIMIZER_BYTES = {"bf16": 12, "fp32": 8}
+"""Per parameter that a rank owns: Adam's two moments in fp32, and with bf16 weights the fp32 weight that the step is made on."""
+PARAMETER_BYTES = {"bf16": 2, "fp32": 4}
+BUCKET_PARAMETERS = 40_000_000
+"""Least size of a bucket where the gradient reduction overlaps; 1e6 per data-parallel rank if that is more."""
+NCCL_BYTES = 1_000_000_000
+"""Allowance for NCCL's own buffers, which no allocator of ours sees: [assumed: some 10 communicators of a layout x about 100 MB each]."""
+FRAGMENTATION_SHARE = 0.05
+"""Part of what comes and goes (activations, logits, workspace) that the caching allocator holds in blocks that nothing fits
+[assumed: PyTorch with expandable segments keeps a few percent]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """Bytes of one rank at its fullest moment of a training step."""
+
+    pipeline_rank: int
+    parameters_bytes: int
+    """Megatron's parameter buffers."""
+    gradients_bytes: int
+    optimizer_bytes: int
+    """Of the data-parallel rank that owns most."""
+    fp8_weights_bytes: int
+    """FP8 copies of weights that Transformer Engine keeps between micro batches."""
+    activations_bytes: int
+    """What the micro batches in flight save for their backward passes."""
+    logits_bytes: int
+    """Logits, their fp32 copy and gradient at their peak; 0 but on the last pipeline stage."""
+    workspace_bytes: int
+    """One layer's backward pass, with what it recomputes."""
+    communication_bytes: int
+    allowance_bytes: int
+    """Fragmentation."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Logits and a layer's backward pass are never there together: the larger of the two counts."""
+        lasting = self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes + self.fp8_weights_bytes
+        passing = self.activations_bytes + max(self.logits_bytes, self.workspace_bytes)
+        return lasting + passing + self.communication_bytes + self.allowance_bytes
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter tensor of a rank."""
+
+    numel: int
+    fp8: bool = False
+    """Kept in FP8 (fp8_param_gather)."""
+    shared_embedding: bool = False
+    """A tied embedding of which another pipeline stage has a copy: a bucket of its own."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A part of a flat buffer that is reduced and gathered at once. All in elements."""
+
+    size: int
+    """With padding; a multiple of the number of data-parallel ranks."""
+    ranges: list[tuple[int, int]]
+    """First and last-plus-one element of each parameter, from the bucket's start."""
+
+
+def fp8_layers(model: Model, precision: Precision) -> list[bool]:
+    """Of each layer, whether its matrix products run in FP8."""
+    last = model.num_layers - precision.bf16_layers_at_end
+    return [precision.fp8 is not None and precision.bf16_layers_at_start <= i < last for i in range(model.num_layers)]
+
+
+def chunk_layers(model: Model, parallel: Parallel, pipeline_rank: int, chunk: int) -> range:
+    """Layers of one model chunk of a pipeline rank."""
+    count = model.num_layers // (parallel.pipeline * (parallel.virtual_pipeline or 1))
+    first = (chunk * parallel.pipeline + pipeline_rank) * count
+    return range(first, first + count)
+
+
+def chunk_weights(
+    model: Model, parallel: Parallel, precision: Precision, pipeline_rank: int, chunk: int, *, transformer_engine: bool = True
+) -> list[Weight]:
+    """Parameters of a model chunk on one rank, in the order in which the built model lists them.
+
+    Transformer Engine's layers hold the norms inside linear_qkv and linear_fc1, plain torch's before attention and SwiGLU.
+    """
+    tensor, hidden, chunks = parallel.tensor, model.hidden_size, parallel.virtual_pipeline or 1
+    embedding = model.vocab_size // tensor * hidden
+    first = pipeline_rank == 0 and chunk == 0
+    last = pipeline_rank == parallel.pipeline - 1 and chunk == chunks - 1
+    tied_apart = model.tied_embeddings and parallel.pipeline > 1
+    weights = [Weight(embedding, shared_embedding=tied_apart)] if first else []
+    heads = model.num_attention_heads * model.head_dim
+    qkv = (heads + 2 * model.num_query_groups * model.head_dim) // tensor * hidden
+    in_fp8 = fp8_layers(model, precision)
+    for layer in chunk_layers(model, parallel, pipeline_rank, chunk):
+        fp8 = precision.fp8_param_gather and in_fp8[layer]
+        norm = [Weight(hidden)]
+        attention = [Weight(heads // tensor * hidden, fp8), *(norm if transformer_engine else []), Weight(qkv, fp8)]
+        weights += [] if transformer_engine else norm
+        weights += [*attention, *norm]
+        weights += [
+            Weight(2 * model.ffn_hidden_size // tensor * hidden, fp8),
+            Weight(model.ffn_hidden_size // tensor * hidden, fp8),
+        ]
+    if last:
+        weights.append(Weight(hidden))
+        if not (first and model.tied_embeddings):
+            weights.append(Weight(embedding, shared_embedding=tied_apart))
+    return weights
+
+
+def buckets(weights: list[Weight], bucket_parameters: int | None, data_parallel: int) -> list[Bucket]:
+    """Megatron's buckets of one flat buffer: last parameter first, each on a multiple of 64 elements, the end of a bucket on one of 128 and
+    of the number of ranks. `bucket_parameters` None: one bucket, but for tied embeddings."""
+    unit = math.lcm(data_parallel, 128)
+    made: list[Bucket] = []
+    ranges: list[tuple[int, int]] = []
+
+    def close(end: int) -> None:
+        made.append(Bucket(-(-end // unit) * unit, list(ranges)))
+        ranges.clear()
+
+    end = 0
+    for weight in reversed(weights):
+        start = -(-end // 64) * 64
+        if weight.shared_embedding and ranges:
+            close(start)
+            start = 0
+        end = start + weight.numel
+        ranges.append((start, end))
+        if weight.shared_embedding or (bucket_parameters is not None and end >= bucket_parameters):
+            close(end)
+            end = 0
+    if ranges:
+        close(end)
+    return made
+
+
+def owned_elements(all_buckets: list[Bucket], data_parallel: int, data_rank: int) -> int:
+    """Parameters that the distributed optimizer of one data-parallel rank updates: its slice of each bucket, less padding."""
+    owned = 0
+    for bucket in all_buckets:
+        part = bucket.size // data_parallel
+        first, last = data_rank * part, (data_rank + 1) * part
+        owned += sum(max(0, min(end, last) - max(start, first)) for start, end in bucket.ranges)
+    return owned
+
+
+def most_owned_elements(all_buckets: list[Bucket], data_parallel: int) -> int:
+    """owned_elements of the rank that owns most."""
+    most = sum(bucket.size for bucket in all_buckets) // data_parallel
+    # Padding lies at the ends of buckets, so that the first rank nearly always owns a full part.
+    if owned_elements(all_buckets, data_parallel, 0) == most:
+        return most
+    return max(owned_elements(all_buckets, data_parallel, rank) for rank in range(data_parallel))
+
+
+def in_flight_chunks(parallel: Parallel, pipeline_rank: int, micro_batches: int | None) -> int:
+    """Forward passes of a model chunk whose backward pass has not begun, at most (1F1B, or interleaved with virtual stages)."""
+    chunks = parallel.virtual_pipeline or 1
+    behind = parallel.pipeline - pipeline_rank - 1
+    warm_up = behind if chunks == 1 else 2 * behind + (chunks - 1) * parallel.pipeline
+    return warm_up + 1 if micro_batches is None else min(warm_up + 1, micro_batches * chunks)
+
+
+def state_bytes(
+    model: Model, parallel: Parallel, precision: Precision, pipeline_rank: int, *, transformer_engine: bool = True
+) -> tuple[int, int, int]:
+    """Bytes of parameters, gradients and optimizer state of the fullest data-parallel rank."""
+    data_parallel = parallel.gpus // (parallel.tensor * parallel.pipeline)  # context-parallel ranks share in the optimizer
+    overlapped = max(BUCKET_PARAMETERS, 1_000_000 * data_parallel) if parallel.overlap_grad_reduce else None
+    parameters = gradients = 0
+    every: list[Bucket] = []
+    for chunk in range(parallel.virtual_pipeline or 1):
+        weights = chunk_weights(model, parallel, precision, pipeline_rank, chunk, transformer_engine=transformer_engine)
+        # Only the first chunk of the first stage reduces while something else still computes.
+        bucket_parameters = overlapped if pipeline_rank == 0 and chunk == 0 else None
+        for fp8 in (False, True):
+            if mine := [weight for weight in weights if weight.fp8 == fp8]:
+                made = buckets(mine, bucket_parameters, data_parallel)
+                elements = sum(bucket.size for bucket in made)
+                parameters += elements * (1 if fp8 else PARAMETER_BYTES[precision.dtype])
+                gradients += elements * GRADIENT_BYTES
+                every += made
+    optimizer = most_owned_elements(every, data_parallel) * OPTIMIZER_BYTES[precision.dtype]
+    return parameters, gradients, optimizer
+
+
+def fp8_weights_bytes(model: Model, parallel: Parallel, precision: Precision, pipeline_rank: int) -> int:
+    """FP8 copies of weights: as they are and transposed, kept from the first micro batch of a step to its last.
+
+    With fp8_param_gather the parameter is the first of the two.
+    """
+    layers = [i for c in range(parallel.virtual_pipeline or 1) for i in chunk_layers(model, parallel, pipeline_rank, c)]
+    in_fp8 = fp8_layers(model, precision)
+    attention = 2 * model.hidden_size * model.head_dim * (model.num_attention_heads + model.num_query_groups)
+    matrices = (attention + 3 * model.hidden_size * model.ffn_hidden_size) // parallel.tensor
+    return sum(in_fp8[i] for i in layers) * matrices * (1 if precision.fp8_param_gather else 2)
+
+
+def stage_memory(
+    model: Model,
+    parallel: Parallel,
+    precision: Precision,
+    *,
+    seq_length_tokens: int,
+    micro_batch_samples: int,
+    pipeline_rank: int,
+    micro_batches: int | None = None,
+) -> RankMemory:
+    """Memory of the ranks of one pipeline stage; arguments as of rank_memory."""
+    parameters, gradients, optimizer_bytes = state_bytes(model, parallel, precision, pipeline_rank)
+    tokens = activations.rank_tokens(parallel, seq_length_tokens, micro_batch_samples)
+    in_fp8 = fp8_layers(model, precision)
+    chunks = parallel.virtual_pipeline or 1
+    saved, recomputed = [], []
+    for chunk in range(chunks):
+        layers = [in_fp8[i] for i in chunk_layers(model, parallel, pipeline_rank, chunk)]
+        kept, again = activations.chunk_bytes(model, parallel, precision, tokens, layers)
+        saved.append(kept)
+        recomputed.append(again)
+    in_flight = in_flight_chunks(parallel, pipeline_rank, micro_batches)
+    activation = in_flight * max(saved)
+    last = pipeline_rank == parallel.pipeline - 1
+    logits = activations.logits_bytes(model, parallel, precision, tokens) if last else 0
+    if last:  # input of the final norm and of the output layer
+        activation += 2 * activations.layer_input_bytes(model, parallel, precision, tokens)
+    workspace = max(recomputed) + activations.backward_bytes(model, parallel, precision, tokens)
+    communication = NCCL_BYTES
+    if parallel.pipeline > 1:  # one tensor received and one sent, in each direction
+        communication += 4 * activations.layer_input_bytes(model, parallel, precision, tokens)
+    if parallel.context > 1:  # keys and values of two ring steps, and their gradients in fp32
+        heads = max(1, model.num_query_groups // parallel.tensor)
+        communication += (2 * 2 + 2 * 4) * 2 * tokens * heads * model.head_dim // 2
+    return RankMemory(
+        pipeline_rank=pipeline_rank,
+        parameters_bytes=parameters,
+        gradients_bytes=gradients,
+        optimizer_bytes=optimizer_bytes,
+        fp8_weights_bytes=fp8_weights_bytes(model, parallel, precision, pipeline_rank),
+        activations_bytes=activation,
+        logits_bytes=logits,
+        workspace_bytes=workspace,
+        communication_bytes=communication,
+        allowance_bytes=int(FRAGMENTATION_SHARE * (activation + max(logits, workspace))),
+    )
+
+
+def rank_memory(
+    model: Model,
+    parallel: Parallel,
+    precision: Precision,
+    optimizer: Optimizer,
+    *,
+    seq_length_tokens: int,
+    micro_batch_samples: int | None = None,
+    micro_batches: int | None = None,
+    pipeline_rank: int | None = None,
+) -> RankMemory:
+    """Memory of a rank in bytes, of pipeline stage `pipeline_rank` or (None) of the stage that needs most.
+
+    `micro_batch_samples` None: the layout's. `micro_batches` per step and data-parallel rank bound how many are in flight; None: enough to
+    fill the pipeline. The layout must be one that the linter's other rules have passed.
+    """
+    samples = parallel.micro_batch_samples if micro_batch_samples is None else micro_batch_samples
+    ranks = range(parallel.pipeline) if pipeline_rank is None else [pipeline_rank]
+    stages = [
+        stage_memory(
+            model,
+            parallel,
+            precision,
+            seq_length_tokens=seq_length_tokens,
+            micro_batch_samples=samples,
+            pipeline_rank=rank,
+            micro_batches=micro_batches,
+        )
+        for rank in ranks
+    ]
+    return max(stages, key=lambda stage: stage.total_bytes)
