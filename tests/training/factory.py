@@ -1,7 +1,6 @@
 """A run of two small phases on generated token data, for tests that start real ranks."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from data_prep.manifest import (
     mixture_path,
 )
 from recipes.schema import Recipe
+from tests.training import stage_server
 
 STEPS = 20
 VOCAB_SIZE = 256
@@ -175,13 +175,7 @@ def build_caches(root):
 
 def start(run, stage):
     """The stage command in the background; its output is appended to `log.txt` of the run."""
-    with open(run / "log.txt", "a") as log:
-        return subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "training.stage", "--run-dir", str(run), "--stage", stage],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+    return stage_server.start(["--run-dir", str(run), "--stage", stage], run / "log.txt")
 
 
 def start_stage(run, stage):
