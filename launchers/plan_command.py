@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launchers.recipe_arguments import add_recipe_arguments
+from recipes.gpus import GPUS
 
 if TYPE_CHECKING:
+    from recipes.estimates import StageEstimate
     from recipes.schema import Recipe
 
 EPILOG = """examples:
@@ -20,6 +23,7 @@ EPILOG = """examples:
   quarry plan phase.foundation.tokens=1e11 precision@phase.foundation.precision=bf16
   quarry plan --plot plan.png                            learning rate, length and mixture over tokens
   quarry plan --cfg                                      the composed recipe as YAML
+  quarry plan --gpu h200 --price-per-gpu-hour 2.2        time and cost on other GPUs
   quarry plan curriculum=smoke --args foundation         the exact Megatron arguments of one stage
   quarry plan --config-dir ../our-recipes mixture@phase.foundation.mixture=ours
 
@@ -41,7 +45,14 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help=f"also draw the curriculum into FILE ({', '.join(PLOT_FORMATS)})"
     )
+    parser.add_argument("--gpu", choices=sorted(GPUS), help="plan for these GPUs; the same as cluster.gpu=GPU")
+    parser.add_argument(
+        "--price-per-gpu-hour", type=_price, metavar="DOLLARS", help="what a GPU-hour costs you (default: recipes/gpus.py)"
+    )
     what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--json", action="store_true", help="print memory, speed, time and cost per stage as JSON and nothing else"
+    )
     what.add_argument("--cfg", action="store_true", help="print the composed recipe as YAML and nothing else")
     what.add_argument(
         "--args", metavar="STAGE", dest="arguments_of", help="print the Megatron arguments of STAGE, one per line"
@@ -57,14 +68,21 @@ def run(args: argparse.Namespace) -> int:
 
     if args.plot and args.plot.suffix.lstrip(".") not in PLOT_FORMATS:
         raise RecipeError(f"--plot {args.plot}: unknown kind of picture; end the name in one of .{', .'.join(PLOT_FORMATS)}")
+    overrides = [*args.overrides, *([f"cluster.gpu={args.gpu}"] if args.gpu else [])]
     if args.cfg:
-        print(composed_yaml(args.overrides, args.config_dir), end="")
+        print(composed_yaml(overrides, args.config_dir), end="")
         return 0
-    recipe = compose(args.overrides, args.config_dir)
+    recipe = compose(overrides, args.config_dir)
     check(recipe)
     if args.arguments_of:
         return _print_arguments(recipe, args.arguments_of)
-    _print_table(recipe)
+    every = _estimates(recipe, args.price_per_gpu_hour)
+    if args.json:
+        from recipes.estimates import as_data
+
+        print(json.dumps(as_data(recipe, every, args.price_per_gpu_hour), indent=1))
+        return 0
+    _print_table(recipe, every, args.price_per_gpu_hour)
     if args.plot:
         from recipes.plot import draw_curriculum
 
@@ -73,12 +91,38 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_table(recipe: Recipe) -> None:
+def _price(text: str) -> float:
+    try:
+        dollars = float(text)
+    except ValueError:
+        dollars = -1.0
+    if not 0 <= dollars < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no price; give dollars, e.g. 2.5")
+    return dollars
+
+
+def _estimates(recipe: Recipe, price_per_gpu_hour: float | None) -> list[StageEstimate]:
+    """With the steps of fine-tuning stages whose data are there already."""
+    from launchers.steps import sft_steps
+    from recipes.estimates import estimates
+
+    steps = {}
+    for stage in recipe.stages:
+        if sft := recipe.sft.get(stage):
+            steps[stage] = sft_steps(
+                Path(recipe.data.root), stage, epochs=sft.epochs, batch_sequences=sft.global_batch_sequences
+            )
+    known = {stage: count for stage, count in steps.items() if count}
+    return estimates(recipe, price_per_gpu_hour=price_per_gpu_hour, sft_steps=known)
+
+
+def _print_table(recipe: Recipe, every: list[StageEstimate], price_per_gpu_hour: float | None) -> None:
     from rich.console import Console
 
     from recipes.plan import PLAN_WIDTH_COLUMNS, print_plan
 
-    print_plan(recipe, Console(width=None if sys.stdout.isatty() else PLAN_WIDTH_COLUMNS))
+    console = Console(width=None if sys.stdout.isatty() else PLAN_WIDTH_COLUMNS)
+    print_plan(recipe, console, every, price_per_gpu_hour)
 
 
 def _print_arguments(recipe: Recipe, stage: str) -> int:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from recipes.estimates import StageEstimate, estimates, gpu_of, stage_phase, total
 from recipes.flops import flops_per_token, parameters
-from recipes.gpus import PEAK_BF16_FLOPS
-from recipes.grpo_stage import settings
-from recipes.posttrain import GrpoStage
 from recipes.schedules import first_peak_last
 from recipes.schema import Phase, Recipe
-from recipes.sft_options import Sft
-from recipes.sft_stage import rope_base
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-ASSUMED_MFU = 0.40
-"""Model FLOPs utilisation behind the times: Megatron-LM reports 41-48% for 2B to 462B on H100; a plan should not be beaten by weather."""
 PLAN_WIDTH_COLUMNS = 120
 """Width of the table where there is no terminal to ask."""
+SCHEDULES = {"power": "power", "exponential": "exp", "linear": "linear", "constant": "const"}
 
 
 @dataclass(frozen=True)
@@ -34,19 +29,14 @@ class PhasePlan:
     last_lr: float
     flops: float
     """Model FLOPs of the whole phase."""
-    hours: float | None
-    """Wall time at ASSUMED_MFU; None where the peak of a rank is not known (CPU)."""
-    gpu_hours: float | None
 
 
 def plan_phase(recipe: Recipe, stage: str) -> PhasePlan:
-    """Learning rates, FLOPs and time of the phase `stage`."""
+    """Learning rates and FLOPs of the phase `stage`."""
     phase = recipe.phase[stage]
-    flops = phase.tokens * flops_per_token(recipe.model, phase.seq_length_tokens)
-    peak = PEAK_BF16_FLOPS.get(recipe.cluster.gpu)
-    gpu_hours = None if peak is None else flops / (peak * ASSUMED_MFU) / 3600
-    hours = None if gpu_hours is None else gpu_hours / phase.parallel.gpus
-    return PhasePlan(*first_peak_last(recipe, stage), flops=flops, hours=hours, gpu_hours=gpu_hours)
+    return PhasePlan(
+        *first_peak_last(recipe, stage), flops=phase.tokens * flops_per_token(recipe.model, phase.seq_length_tokens)
+    )
 
 
 def human_tokens(tokens: float, digits: int = 3) -> str:
@@ -80,108 +70,120 @@ def human_hours(hours: float | None) -> str:
     return f"{hours / 24:.1f} d" if hours >= 48 else f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.0f} min"
 
 
-def layout_text(phase: Phase | Sft | GrpoStage) -> str:
-    """'TP2+SP CP4 DP64': the dimensions that are not 1, data parallelism always."""
+def human_dollars(dollars: float) -> str:
+    """1_738_541 -> '$1.74M', 90 -> '$90'."""
+    return f"${human_tokens(dollars)}"
+
+
+def layout_text(phase: Phase) -> str:
+    """'TP2+SP CP4 DP64 mb2': the dimensions that are not 1, data parallelism always; then what of the layers is computed again."""
     layout = phase.parallel
     sizes = {"TP": layout.tensor, "PP": layout.pipeline, "VP": layout.virtual_pipeline or 1, "CP": layout.context}
     parts = {name: f"{name}{size}" for name, size in sizes.items() if size > 1}
     if layout.sequence_parallel and "TP" in parts:
         parts["TP"] += "+SP"
-    recompute = [f"recompute {layout.recompute}"] if layout.recompute != "none" else []
-    return " ".join([*parts.values(), f"DP{layout.data}", *recompute])
+    micro = [f"mb{layout.micro_batch_samples}"] if layout.micro_batch_samples > 1 else []
+    recompute = [f"rc {layout.recompute}"] if layout.recompute != "none" else []
+    return " ".join([*parts.values(), f"DP{layout.data}", *micro, *recompute])
 
 
 def lr_text(plan: PhasePlan) -> str:
-    """First, peak where it is neither end, last: '0 → 2.00e-2 → 9.60e-4'."""
+    """First, peak where it is neither end, last: '0→2.00e-2→9.60e-4'."""
     values = [plan.first_lr, plan.peak_lr, plan.last_lr]
     if plan.peak_lr in (plan.first_lr, plan.last_lr):
         values = [plan.first_lr, plan.last_lr]
-    return " → ".join(human_lr(v) for v in values)
+    return "→".join(human_lr(v) for v in values)
 
 
-def curriculum_table(recipe: Recipe) -> Table:
-    """The whole curriculum, two lines per phase, one per merge and export. Needs a recipe that the linter has passed."""
-    from rich import box
+def curriculum_table(recipe: Recipe, every: Sequence[StageEstimate]) -> Table:
+    """One line per stage that trains, and their sum. Needs a recipe that the linter has passed."""
     from rich.table import Table
 
-    on_gpu = recipe.cluster.gpu in PEAK_BF16_FLOPS
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, header_style="bold")
-    table.add_column("stage", no_wrap=True)
-    table.add_column("tokens\nsteps", justify="right", no_wrap=True)
-    table.add_column("batch x length\nRoPE base", justify="right", no_wrap=True)
-    table.add_column("schedule\nfirst, peak, last LR", no_wrap=True)
-    table.add_column("mixture\nprecision", overflow="fold")
-    table.add_column(f"layout\n{'GPUs' if on_gpu else 'ranks'}")
-    table.add_column("FLOPs\ntime" if on_gpu else "FLOPs", justify="right", no_wrap=True)
-    for stage in recipe.stages:
-        kind = recipe.stage_kind(stage)
-        if kind == "merge":
-            inputs = "\n+ ".join(f"{weight:g} {name}" for name, weight in recipe.merge[stage].inputs.items())
-            table.add_row(f"[dim]{stage}[/]", "", "", f"[dim]{inputs}[/]", "", "", "")
-        elif kind == "sft":
-            sft = recipe.sft[stage]
-            table.add_row(
-                f"[bold]{stage}[/]",
-                f"{sft.epochs} epochs",
-                f"{sft.global_batch_sequences} x {human_length(sft.seq_length_tokens)}\n{human_base(rope_base(recipe, stage))}",
-                f"linear\n0 → {human_lr(sft.peak_lr)} → {human_lr(sft.end_lr)}",
-                f"{len(sft.sources)} sources\n{sft.precision.name}",
-                f"{layout_text(sft)}\n{sft.parallel.gpus}",
-                "",
-            )
-        elif kind == "grpo":
-            grpo = recipe.grpo[stage]
-            base = settings(recipe, stage).rope_base
-            table.add_row(
-                f"[bold]{stage}[/]",
-                f"{grpo.prompts_per_step} prompts\n{grpo.steps:,}",
-                f"{grpo.samples_per_step} x {human_length(grpo.seq_length_tokens)}\n{human_base(base)}",
-                f"constant\n{human_lr(grpo.learning_rate)}",
-                f"rollouts ({grpo.rollout.engine})\n{grpo.precision.name}",
-                f"{layout_text(grpo)}\n{grpo.parallel.gpus}",
-                "",
-            )
-        elif kind == "export":
-            table.add_row(f"[dim]{stage}[/]", "", "", "[dim]Hugging Face folder[/]", "", "", "")
-        else:
-            phase, plan = recipe.phase[stage], plan_phase(recipe, stage)
-            jump = " [yellow](jump)[/]" if phase.schedule.jump else ""
-            table.add_row(
-                f"[bold]{stage}[/]",
-                f"[bold]{human_tokens(phase.tokens_requested or phase.tokens)}[/]\n{phase.steps:,}",
-                f"{phase.global_batch_samples} x {human_length(phase.seq_length_tokens)}\n{human_base(phase.rope_base)}",
-                f"{phase.schedule.kind}{jump}\n{lr_text(plan)}",
-                f"{phase.mixture.name}\n{phase.precision.name}",
-                f"{layout_text(phase)}\n{phase.parallel.gpus}",
-                f"{plan.flops:.1e}".replace("e+", "e") + (f"\n{human_hours(plan.hours)}" if on_gpu else ""),
-            )
+    gpu, sums = gpu_of(recipe), total(list(every))
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column("stage\n", no_wrap=True)
+    for name in ("tokens\n", "batch x\nlength", "RoPE\nbase"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("schedule\nfirst, peak, last LR", overflow="fold")
+    table.add_column("layout\n", overflow="fold")
+    table.add_column("GPUs\n" if gpu else "ranks\n", justify="right", no_wrap=True)
+    memory = f"GB of\n{gpu.memory_bytes / 1e9:.0f}" if gpu else ""
+    columns = [memory, "GFLOP\n/token", "tok/s\n/GPU", "MFU\n", "time\n", "GPU-h\n", "cost\n"] if gpu else ["GFLOP\n/token"]
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for each in every:
+        phase = stage_phase(recipe, each.stage)
+        if phase is None:
+            continue
+        cells = [
+            f"[bold]{each.stage}[/]",
+            "-" if each.tokens is None else f"[bold]{human_tokens(phase.tokens_requested or each.tokens)}[/]",
+            f"{phase.global_batch_samples}x{human_length(phase.seq_length_tokens)}",
+            human_base(phase.rope_base),
+            _schedule_text(recipe, each),
+            layout_text(phase),
+            f"{phase.parallel.gpus}",
+        ]
+        table.add_row(*cells, *_figures(each, gpu.memory_bytes if gpu else 0)[0 if gpu else 1 : None if gpu else 2])
+    if sums:
+        blank = [""] * 9
+        figures = [human_hours(sums.hours), human_tokens(sums.gpu_hours), human_dollars(sums.cost)]
+        table.add_row("total", human_tokens(recipe.total_tokens), *blank, *figures, style="bold")
     return table
 
 
-def mixture_table(recipe: Recipe) -> Table:
-    """Percent of tokens per category and mixture; a mixture that several phases share is one column."""
-    from rich import box
-    from rich.table import Table
+def _schedule_text(recipe: Recipe, each: StageEstimate) -> str:
+    """'power 0→2.00e-2→9.60e-4'"""
+    if each.kind == "phase":
+        schedule = recipe.phase[each.stage].schedule
+        jump = " [yellow]jump[/]" if schedule.jump else ""
+        return f"{SCHEDULES[schedule.kind]} {lr_text(plan_phase(recipe, each.stage))}{jump}"
+    if each.kind == "sft":
+        sft = recipe.sft[each.stage]
+        return f"linear 0→{human_lr(sft.peak_lr)}→{human_lr(sft.end_lr)}"
+    return f"const {human_lr(recipe.grpo[each.stage].learning_rate)}"
 
-    columns: list[tuple[str, dict[str, float], list[str]]] = []
+
+def _figures(each: StageEstimate, memory_bytes: int) -> list[str]:
+    """Memory, FLOPs per token, speed, MFU, time, GPU-hours and cost; '-' for what is not known."""
+
+    def text(value: float | None, form: str) -> str:
+        return "-" if value is None else form.format(value)
+
+    memory = text(None if each.memory_bytes is None else each.memory_bytes / 1e9, "{:.0f}")
+    if each.memory_bytes is not None and each.memory_bytes > memory_bytes:
+        memory = f"[red]{memory}![/]"
+    return [
+        memory,
+        text(None if each.flops_per_token is None else each.flops_per_token / 1e9, "{:.3g}"),
+        text(each.tokens_per_second_per_gpu, "{:,.0f}"),
+        text(each.mfu, "{:.0%}"),
+        human_hours(each.hours),
+        "-" if each.gpu_hours is None else human_tokens(each.gpu_hours),
+        "-" if each.cost is None else human_dollars(each.cost),
+    ]
+
+
+def mixtures(recipe: Recipe) -> Iterable[tuple[list[str], str, dict[str, float]]]:
+    """(phases, name, percent per category) of each mixture; phases that share one are listed together."""
+    found: list[tuple[list[str], str, dict[str, float]]] = []
     for stage in recipe.stages:
         if stage in recipe.phase:
             mixture = recipe.phase[stage].mixture
-            same = [stages for name, shares, stages in columns if (name, shares) == (mixture.name, mixture.shares_percent)]
+            same = [stages for stages, name, shares in found if (name, shares) == (mixture.name, mixture.shares_percent)]
             if same:
                 same[0].append(stage)
             else:
-                columns.append((mixture.name, mixture.shares_percent, [stage]))
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, header_style="bold")
-    table.add_column("percent of tokens")
-    names = [name for name, _, _ in columns]
-    for name, _, stages in columns:
-        # Phases may change a mixture in different ways; then its columns say whose they are.
-        table.add_column(name if names.count(name) == 1 else f"{name}\nin {', '.join(stages)}", justify="right")
-    for category in categories(recipe):
-        shares = [m.get(category, 0) for _, m, _ in columns]
-        table.add_row(category, *(f"{round(s, 2):g}" if s else "[dim]·[/]" for s in shares))
-    return table
+                found.append(([stage], mixture.name, mixture.shares_percent))
+    return found
+
+
+def mixture_lines(recipe: Recipe) -> Iterable[str]:
+    """'foundation: web 59, code 20, ...': percent of tokens, largest first; the phases that draw it where they are not of its name."""
+    for stages, name, shares in mixtures(recipe):
+        parts = [f"{category} {round(share, 2):g}" for category, share in sorted(shares.items(), key=lambda s: -s[1]) if share]
+        users = "" if stages == [name] else f" (in {', '.join(stages)})"
+        yield f"[bold]{name}[/]{users}: {', '.join(parts)}"
 
 
 def categories(recipe: Recipe) -> list[str]:
@@ -193,39 +195,80 @@ def categories(recipe: Recipe) -> list[str]:
     return list(names)
 
 
-def notes(recipe: Recipe) -> Iterable[str]:
-    """What the table cannot say: totals, assumptions, marked jumps, definitions that no stage uses."""
-    plans = {s: plan_phase(recipe, s) for s in recipe.stages if s in recipe.phase}
-    flops = sum(p.flops for p in plans.values())
-    total = f"total: {human_tokens(recipe.total_tokens)} tokens, {flops:.2e} FLOPs".replace("e+", "e")
-    if all(p.gpu_hours is not None for p in plans.values()):
-        hours = sum(p.hours or 0 for p in plans.values())
-        gpu_hours = sum(p.gpu_hours or 0 for p in plans.values())
-        total += f", {human_hours(hours)}, {gpu_hours:,.0f} GPU-hours"
-        yield total
+def notes(recipe: Recipe, every: Sequence[StageEstimate] | None = None) -> Iterable[str]:
+    """What the table cannot say: what is not counted, precisions, merges, marked jumps, definitions that no stage uses."""
+    every = estimates(recipe) if every is None else every
+    gpu, sums = gpu_of(recipe), total(list(every))
+    flops = sum(e.flops for e in every if e.kind == "phase" and e.flops)
+    yield f"phases: {human_tokens(recipe.total_tokens)} tokens, {flops:.2e} FLOPs (6 N + causal attention)".replace("e+", "e")
+    if gpu and sums:
         yield (
-            f"times assume {ASSUMED_MFU:.0%} of the {recipe.cluster.gpu.upper()}'s {PEAK_BF16_FLOPS[recipe.cluster.gpu] / 1e12:.0f} dense bf16 "
-            "TFLOP/s (no gain from FP8 counted) and no restarts; FLOPs are 6 N + causal attention per token, without recomputation"
+            f"times: recipes/throughput.py, fitted on published runs, off by 3% on those and 5% on others (docs/planning.md); MFU of "
+            f"{gpu.peak_bf16_flops / 1e12:.0f} dense bf16 TFLOP/s; no saves, start-up or restarts"
         )
-    else:
-        yield total
+    reasons: dict[str, list[str]] = {}
+    for each in every:
+        if each.unknown and each.kind in ("sft", "grpo"):
+            reasons.setdefault(each.unknown, []).append(each.stage)
+    yield from (f"{', '.join(stages)}: {reason}" for reason, stages in reasons.items())
+    full = [e.stage for e in every if gpu and e.memory_bytes and e.memory_bytes > gpu.memory_bytes]
+    if gpu and full:
+        yield f"[red]{', '.join(full)}: more than the {gpu.name.upper()} has[/]; quarry plan --search --stage {full[0]} finds layouts that fit"
+    yield from _post_training_notes(recipe)
+    precisions: dict[str, list[str]] = {}
+    for stage in recipe.stages:
+        if phase := stage_phase(recipe, stage):
+            precisions.setdefault(phase.precision.name, []).append(stage)
+    texts = [name if len(precisions) == 1 else f"{name} in {', '.join(stages)}" for name, stages in precisions.items()]
+    yield f"precision: {'; '.join(texts)}"
+    merges = [s for s in recipe.stages if s in recipe.merge]
+    if merges:
+        inputs = {s: " + ".join(f"{w:g} {name}" for name, w in recipe.merge[s].inputs.items()) for s in merges}
+        yield f"merges: {'; '.join(f'{s} = {text}' for s, text in inputs.items())}"
+    exports = [s for s in recipe.stages if s in recipe.export]
+    if exports:
+        yield f"{', '.join(exports)}: Hugging Face folder; merges and export take minutes on one node"
     if recipe.model.mup_base_hidden_size:
         width = recipe.model.hidden_size / recipe.model.mup_base_hidden_size
         yield f"learning rates are base rates: muP divides them by {width:g} for the matrices inside the layers"
-    for stage in plans:
-        if jump := recipe.phase[stage].schedule.jump:
+    for stage in recipe.stages:
+        if stage in recipe.phase and (jump := recipe.phase[stage].schedule.jump):
             yield f"{stage}: learning rate jumps: {jump}"
     unused = [s for s in [*recipe.phase, *recipe.merge, *recipe.sft, *recipe.grpo, *recipe.export] if s not in recipe.stages]
     if unused:
         yield f"defined but not in stages, so not run: {', '.join(unused)}"
 
 
-def print_plan(recipe: Recipe, console: Console) -> None:
+def _post_training_notes(recipe: Recipe) -> Iterable[str]:
+    parts = []
+    rounds: dict[str, list[str]] = {}
+    for stage in recipe.stages:
+        if stage in recipe.sft:
+            sft = recipe.sft[stage]
+            parts.append(f"{stage} {sft.epochs} epochs of {len(sft.sources)} source{'s' * (len(sft.sources) != 1)}")
+        elif stage in recipe.grpo:
+            grpo = recipe.grpo[stage]
+            what = f"steps of {grpo.prompts_per_step} prompts x {grpo.samples_per_prompt}, rollouts ({grpo.rollout.engine})"
+            rounds.setdefault(what, []).append(f"{stage} {grpo.steps:,}")
+    parts += [f"{', '.join(stages)} {what}" for what, stages in rounds.items()]
+    if parts:
+        yield f"post-training: {'; '.join(parts)}"
+
+
+def print_plan(
+    recipe: Recipe, console: Console, every: Sequence[StageEstimate] | None = None, price_per_gpu_hour: float | None = None
+) -> None:
     """Print title, table, mixtures and notes of a linted recipe."""
-    size = human_tokens(parameters(recipe.model))
-    seconds = f"{recipe.model.name} ({size} parameters), data {recipe.data.name}, cluster {recipe.cluster.name} ({recipe.cluster.gpu})"
-    console.print(f"[bold]{recipe.name}[/]: {seconds}", highlight=False)
-    console.print(curriculum_table(recipe), highlight=False)
-    console.print(mixture_table(recipe), highlight=False)
-    for note in notes(recipe):
+    every = estimates(recipe, price_per_gpu_hour=price_per_gpu_hour) if every is None else every
+    size, gpu = human_tokens(parameters(recipe.model)), gpu_of(recipe)
+    price = (gpu.price_per_hour if price_per_gpu_hour is None else price_per_gpu_hour) if gpu else None
+    where = f"cluster {recipe.cluster.name} ({recipe.cluster.gpu}" + (f", ${price:.2f} an hour)" if price is not None else ")")
+    console.print(
+        f"[bold]{recipe.name}[/]: {recipe.model.name} ({size} parameters), data {recipe.data.name}, {where}", highlight=False
+    )
+    console.print(curriculum_table(recipe, every), highlight=False)
+    console.print("percent of tokens:", highlight=False)
+    for line in mixture_lines(recipe):
+        console.print(line, highlight=False)
+    for note in notes(recipe, every):
         console.print(f"- {note}", highlight=False)

@@ -1,0 +1,215 @@
+"""What each stage of a recipe needs and costs: memory of a rank, speed, time, GPU-hours and money; and what they sum to.
+
+Memory is recipes/memory.py's, FLOPs recipes/flops.py's, time recipes/throughput.py's. A figure that is not modelled is None, and
+`StageEstimate.unknown` says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from recipes import grpo_stage, sft_stage
+from recipes.flops import flops_per_token
+from recipes.gpus import GPUS, Gpu
+from recipes.memory import rank_memory
+from recipes.schema import Phase, Recipe
+from recipes.throughput import Job, StepTime, step_time
+
+FORMAT = "quarry.plan/1"
+DEMANDING = ("phase", "sft", "grpo")
+"""Kinds of stages that train, and so have a layout."""
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """One stage. Times are of training steps alone: no start-up, no saves, no restarts."""
+
+    stage: str
+    kind: str
+    unknown: str | None = None
+    """Why figures are missing; None: none is."""
+    gpus: int | None = None
+    memory_bytes: int | None = None
+    """Of the fullest rank."""
+    flops_per_token: float | None = None
+    tokens: int | None = None
+    steps: int | None = None
+    step_seconds: float | None = None
+    step_parts_seconds: dict[str, float] | None = None
+    tokens_per_second_per_gpu: float | None = None
+    mfu: float | None = None
+    hours: float | None = None
+    gpu_hours: float | None = None
+    cost: float | None = None
+    """US dollars."""
+
+    @property
+    def flops(self) -> float | None:
+        """Model FLOPs of the whole stage."""
+        return None if self.tokens is None or self.flops_per_token is None else self.tokens * self.flops_per_token
+
+
+@dataclass(frozen=True)
+class Total:
+    """Sums over the stages whose time is known."""
+
+    hours: float
+    gpu_hours: float
+    cost: float
+    missing: list[str]
+    """Stages that train and are not in the sums."""
+
+
+def gpu_of(recipe: Recipe) -> Gpu | None:
+    """The cluster's GPU; None on CPU."""
+    return GPUS.get(recipe.cluster.gpu)
+
+
+def stage_phase(recipe: Recipe, stage: str) -> Phase | None:
+    """What a step of the stage computes, as a phase; None for a stage that does not train. Steps of SFT are not counted: they follow
+    from its data."""
+    kind = recipe.stage_kind(stage)
+    if kind == "phase":
+        return recipe.phase[stage]
+    if kind == "sft":
+        return sft_stage.as_phase(recipe, stage, sequences=recipe.sft[stage].global_batch_sequences).phase[stage]
+    if kind == "grpo":
+        return grpo_stage.as_phase(recipe, stage).phase[stage]
+    return None
+
+
+def job_of(recipe: Recipe, phase: Phase, gpu: Gpu) -> Job:
+    """One step of `phase` on `gpu`."""
+    return Job(
+        model=recipe.model,
+        parallel=phase.parallel,
+        precision=phase.precision,
+        seq_length_tokens=phase.seq_length_tokens,
+        global_batch_samples=phase.global_batch_samples,
+        gpu=gpu,
+        gpus_per_node=recipe.cluster.gpus_per_node,
+    )
+
+
+def job_memory_bytes(recipe: Recipe, job: Job) -> int:
+    """Bytes of the fullest rank. The first pipeline stage has the embedding and most micro batches in flight, the last the logits: one of
+    them is the fullest."""
+    ranks = {0, job.parallel.pipeline - 1}
+    return max(
+        rank_memory(
+            job.model,
+            job.parallel,
+            job.precision,
+            recipe.optimizer,
+            seq_length_tokens=job.seq_length_tokens,
+            micro_batches=max(1, int(job.micro_batches)),
+            pipeline_rank=rank,
+        ).total_bytes
+        for rank in ranks
+    )
+
+
+def estimate(
+    recipe: Recipe, stage: str, *, price_per_gpu_hour: float | None = None, sft_steps: Mapping[str, int] | None = None
+) -> StageEstimate:
+    """What `stage` of a linted recipe needs and costs. `price_per_gpu_hour` None: that of recipes/gpus.py. `sft_steps`: steps of
+    fine-tuning stages whose data are prepared."""
+    kind = recipe.stage_kind(stage)
+    phase, gpu = stage_phase(recipe, stage), gpu_of(recipe)
+    if phase is None:
+        return StageEstimate(stage, kind, unknown="reads and writes checkpoints, in minutes on one node: not modelled")
+    flops = flops_per_token(recipe.model, phase.seq_length_tokens)
+    steps, tokens = (phase.steps, phase.tokens) if kind != "sft" else (None, None)
+    unknown = None
+    if kind == "sft":
+        unknown = "steps follow from the data, which are not prepared yet"
+        if sft_steps and stage in sft_steps:
+            steps, unknown = sft_steps[stage], None
+            tokens = steps * phase.tokens_per_step
+    elif kind == "grpo":
+        tokens, unknown = None, "speed is that of the training pass; rollouts and rewards are not modelled"
+    if gpu is None:
+        unknown = unknown or f"no speed or memory is planned for cluster.gpu={recipe.cluster.gpu}"
+        return StageEstimate(stage, kind, unknown, phase.parallel.gpus, None, flops, tokens, steps)
+    job = job_of(recipe, phase, gpu)
+    time = step_time(job)
+    hours = None if unknown or steps is None else steps * time.total / 3600
+    gpu_hours = None if hours is None else hours * phase.parallel.gpus
+    price = gpu.price_per_hour if price_per_gpu_hour is None else price_per_gpu_hour
+    return StageEstimate(
+        stage,
+        kind,
+        unknown,
+        gpus=phase.parallel.gpus,
+        memory_bytes=job_memory_bytes(recipe, job),
+        flops_per_token=flops,
+        tokens=tokens,
+        steps=steps,
+        step_seconds=time.total,
+        step_parts_seconds=time.parts(),
+        tokens_per_second_per_gpu=time.tokens_per_second_per_gpu,
+        mfu=time.mfu,
+        hours=hours,
+        gpu_hours=gpu_hours,
+        cost=None if gpu_hours is None else gpu_hours * price,
+    )
+
+
+def estimates(
+    recipe: Recipe, *, price_per_gpu_hour: float | None = None, sft_steps: Mapping[str, int] | None = None
+) -> list[StageEstimate]:
+    """One per stage, in the order of the curriculum."""
+    return [estimate(recipe, s, price_per_gpu_hour=price_per_gpu_hour, sft_steps=sft_steps) for s in recipe.stages]
+
+
+def total(every: list[StageEstimate]) -> Total | None:
+    """What the stages sum to; None where no stage's time is known."""
+    known = [e for e in every if e.hours is not None]
+    if not known:
+        return None
+    return Total(
+        hours=sum(e.hours or 0 for e in known),
+        gpu_hours=sum(e.gpu_hours or 0 for e in known),
+        cost=sum(e.cost or 0 for e in known),
+        missing=[e.stage for e in every if e.hours is None and e.kind in DEMANDING],
+    )
+
+
+def as_data(recipe: Recipe, every: list[StageEstimate], price_per_gpu_hour: float | None = None) -> dict[str, Any]:
+    """The plan as JSON has it (docs/planning.md, "JSON")."""
+    gpu, sums = gpu_of(recipe), total(every)
+    price = price_per_gpu_hour if price_per_gpu_hour is not None else gpu.price_per_hour if gpu else None
+    return {
+        "format": FORMAT,
+        "recipe": recipe.name,
+        "model": recipe.model.name,
+        "gpu": recipe.cluster.gpu,
+        "gpu_memory_bytes": gpu.memory_bytes if gpu else None,
+        "price_per_gpu_hour": price,
+        "stages": [asdict(e) | {"flops": e.flops} for e in every],
+        "total": {"tokens": recipe.total_tokens, **(asdict(sums) if sums else {})},
+    }
+
+
+def slowest_parts(time: StepTime, count: int = 4) -> str:
+    """'matrix products 71%, attention 9%, ...': where most of a step goes."""
+    largest = sorted(time.parts().items(), key=lambda part: -part[1])[:count]
+    return ", ".join(f"{PART_NAMES[name]} {seconds / time.total:.0%}" for name, seconds in largest if seconds > 0)
+
+
+PART_NAMES = {
+    "matmul": "matrix products",
+    "attention": "attention",
+    "elementwise": "norms, SwiGLU and casts",
+    "head": "logits and loss",
+    "recompute": "recomputation",
+    "tensor_parallel": "tensor-parallel communication",
+    "context_parallel": "context-parallel communication",
+    "pipeline_bubble": "pipeline bubble",
+    "pipeline_transfers": "pipeline transfers",
+    "data_parallel": "gradients and weights over data parallelism",
+    "optimizer": "optimizer",
+}
+"""Parts of a StepTime, for people."""
