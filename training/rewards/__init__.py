@@ -5,10 +5,11 @@ from __future__ import annotations
 from training.rewards.base import Message, Options, Reward, RewardError, Sample, Score
 from training.rewards.plan import DomainPlan, Part, RewardPlan
 from training.rewards.scoring import Rewards
-from training.rewards.statistics import TooManyFailures
+from training.rewards.statistics import FailureGuard, TooManyFailures
 
 __all__ = [
     "DomainPlan",
+    "FailureGuard",
     "Message",
     "Options",
     "Part",

@@ -30,7 +30,7 @@ from training.arguments import Load, add_granite_arguments
 from training.exit_codes import DISK_FULL, FINISHED, REFUSED, REQUEUE, SUSPICIOUS, SuspiciousResult
 from training.handoff import Refused, _read_start, latest_step
 from training.metrics import MetricsLog
-from training.rewards import Message, RewardError, RewardPlan, Rewards, TooManyFailures
+from training.rewards import FailureGuard, Message, RewardError, RewardPlan, Rewards, TooManyFailures
 from training.rewards import Sample as RewardSample
 from training.rl.job import Job
 from training.rl.prompts import PromptError, Prompts, Sample, read_prompts
@@ -211,7 +211,7 @@ def _run_rank(
     if job.grpo.kl_coefficient > 0:
         assert job.initial is not None, "checked by Job.check"
         reference = ReferenceWeights(model, Path(job.initial.checkpoints) / f"iter_{job.initial.step:07d}")
-    with _reward_function(job, reward) as reward_function:
+    with _reward_function(job, reward) as (reward_function, guard):
         trainer = Trainer(
             settings=job.grpo,
             seed=job.seed,
@@ -223,6 +223,7 @@ def _run_rank(
             reference=reference,
             reward=reward_function,
             state=state,
+            guard=guard,
         )
         begin = (lambda: boundary.begin(model, trainer.metrics)) if boundary is not None and not resumed else None
         try:
@@ -313,15 +314,15 @@ def _set_up(job: Job, stage_dir: Path, load: Load | None, eod_id: int) -> tuple[
 
 
 @contextlib.contextmanager
-def _reward_function(job: Job, reward: RewardFunction | None) -> Iterator[RewardFunction]:
-    """The caller's function, or the job's reward plan, started on the one rank of each replica that asks for rewards."""
+def _reward_function(job: Job, reward: RewardFunction | None) -> Iterator[tuple[RewardFunction, FailureGuard | None]]:
+    """The caller's function, or the job's reward plan with its guard, started on the one rank of each replica that asks for rewards."""
     import torch
     from megatron.core import parallel_state as mpu
 
     from training.rl.trainer import RewardsFailed
 
     if reward is not None or torch.distributed.get_rank() != mpu.get_model_parallel_src_rank():
-        yield reward or _asked_elsewhere
+        yield reward or _asked_elsewhere, None
         return
     with Rewards(RewardPlan.parse(job.rewards, "rewards")) as scorer:
 
@@ -332,7 +333,7 @@ def _reward_function(job: Job, reward: RewardFunction | None) -> Iterator[Reward
                 raise RewardsFailed(str(error)) from error
             return [None if s.failed else s.value for s in scores]
 
-        yield score
+        yield score, scorer.guard
 
 
 def _asked_elsewhere(samples: list[Sample]) -> list[float | None]:

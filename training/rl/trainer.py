@@ -22,6 +22,7 @@ from training.exit_codes import SuspiciousResult
 from training.handoff import latest_step
 from training.hooks import prune
 from training.metrics import MetricsLog
+from training.rewards import FailureGuard
 from training.rl import losses
 from training.rl.batch import MicroBatch, collate, padded_length, tokens_in_loss
 from training.rl.engine import Completion, Request, RolloutEngine
@@ -70,7 +71,9 @@ class Trainer:
         reference: ReferenceWeights | None,
         reward: RewardFunction,
         state: SamplerState,
+        guard: FailureGuard | None = None,
     ) -> None:
+        """`guard`, which `reward` feeds, on the rank of each replica that asks for rewards: it goes on from `state` and into every next one."""
         self._settings = settings
         self._stage_dir = stage_dir
         self._prompts = prompts
@@ -81,6 +84,9 @@ class Trainer:
         self._reference = reference
         self._reward = reward
         self._state = state
+        self._guard = guard
+        if guard is not None:
+            guard.restore(state.failures_of(mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()))
         self.metrics = MetricsLog(stage_dir)
         self._writes = torch.distributed.get_rank() == 0
         self._device = torch.cuda.current_device()
@@ -351,8 +357,13 @@ class Trainer:
         step = self._state.step
         if latest_step(checkpoints) == step:
             return
+        # Rank 0 and those that it gathers from are the first of their replicas: they have the guards.
+        failures: list[Any] = [None] * mpu.get_data_parallel_world_size()
+        own = None if self._guard is None else self._guard.state()
+        torch.distributed.all_gather_object(failures, own, group=mpu.get_data_parallel_group())
         if self._writes:
-            self._state.write(self._stage_dir)
+            guarded = [windows for windows in failures if windows is not None]
+            self._state.model_copy(update={"failures": guarded}).write(self._stage_dir)
         policy = self._policy
         upstream.save_checkpoint(
             step,

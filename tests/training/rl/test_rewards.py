@@ -2,13 +2,20 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.training.rl.factory import prepare, rows
+from training.arguments import Load
+from training.handoff import latest_step
+from training.rl.grpo import load_arguments
 from training.rl.job import Job
+from training.rl.state import SamplerState
 
 pytestmark = pytest.mark.multirank
 
@@ -25,7 +32,7 @@ TORCHRUN = """
 import sys
 from pathlib import Path
 from training import stage
-program = ["-m", "training.rl.grpo", "--stage-dir", sys.argv[1], "--rank"]
+program = ["-m", "training.rl.grpo", "--stage-dir", sys.argv[1], "--rank", *sys.argv[2:]]
 sys.exit(stage.torchrun(2, "parallel.gpus", program, stage_dir=Path(sys.argv[1]), grace_seconds=None))
 """
 """As on GPUs, though these ranks are on the CPU."""
@@ -36,8 +43,8 @@ def with_rewards(stage, plan):
     return stage
 
 
-def run(stage):
-    command = [sys.executable, "-W", "ignore", "-c", TORCHRUN, str(stage)]
+def run(stage, load=None):
+    command = [sys.executable, "-W", "ignore", "-c", TORCHRUN, str(stage), *load_arguments(load)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
@@ -52,7 +59,8 @@ def test_failed_scores_teach_nothing_and_too_many_stop_every_rank(tmp_path):
         "failure_window_samples": 40,
         "failure_min_samples": 21,
     }
-    stage = with_rewards(prepare(tmp_path / "stage", "dp2", steps=9, samples_per_prompt=4, record_samples=40), plan)
+    settings = {"steps": 9, "samples_per_prompt": 4, "record_samples": 40, "save_interval_steps": 1}
+    stage = with_rewards(prepare(tmp_path / "stage", "dp2", **settings), plan)
     done = run(stage)
     assert done.returncode == 17, done.stdout[-3000:] + done.stderr[-3000:]
     assert "no rewards to learn from: domain '" in done.stderr
@@ -64,6 +72,28 @@ def test_failed_scores_teach_nothing_and_too_many_stop_every_rank(tmp_path):
         assert (sample["reward"] is None) == (sample["completion"][:1] in tuple("02468"))
         assert sample["reward"] is not None or sample["advantage"] == 0
     assert any(sample["reward"] for sample in samples)
+    # A resume goes on counting: without the failures of the steps before it, it would judge none of its first steps.
+    counted = re.search(r"domain '\w+': \d+ of the last (\d+) rewards failed", done.stderr)
+    before = rows(stage)
+    again = run(stage, Load(checkpoints=stage / "checkpoints", step=latest_step(stage / "checkpoints"), resume=True))
+    assert again.returncode == 17, again.stdout[-3000:] + again.stderr[-3000:]
+    assert f"of the last {counted[1]} rewards failed" in again.stderr
+    assert rows(stage) == before
+
+
+WINDOWS = st.lists(st.fixed_dictionaries({"a": st.lists(st.sampled_from([None, "x", "y"]), max_size=6)}), max_size=4)
+
+
+@given(WINDOWS)
+def test_failures_seen_outlive_a_resume_in_any_number_of_replicas(windows):
+    state = SamplerState(seed=0, step=1, prompt_position=0, consumed_tokens=0, failures=windows)
+    for replica, window in enumerate(windows):
+        assert state.failures_of(replica, len(windows)) == window
+    merged = state.failures_of(0, len(windows) + 1)
+    assert sorted(map(str, merged.get("a", []))) == sorted(str(entry) for window in windows for entry in window["a"])
+    # The newest of every replica stand behind all that is older.
+    last = merged.get("a", [])[len(merged.get("a", [])) - sum(bool(window["a"]) for window in windows) :]
+    assert sorted(map(str, last)) == sorted(str(window["a"][-1]) for window in windows if window["a"])
 
 
 def test_a_plan_scores_the_samples_of_each_replica(tmp_path):
