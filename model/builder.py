@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from model.chunked_loss import ChunkedLossGPTModel
 from model.config import check, transformer_config
 from model.errors import ModelError
 from model.spec import block_spec
@@ -23,11 +26,13 @@ def build(
     vp_stage: int | None = None,
     pg_collection: ProcessGroupCollection | None = None,
     parallel_output: bool = True,
+    loss_chunk_tokens: int | None = None,
 ) -> GPTModel:
-    """One pipeline stage (or virtual stage) of `model`, for Megatron's `get_model`, which passes the last five but one.
+    """One pipeline stage (or virtual stage) of `model`, for Megatron's `get_model`, which passes pre_process to pg_collection.
 
     `max_sequence_length` is in tokens of the whole sequence, before context parallelism. `parallel_output` False gathers the logits
-    [B, S, V] over tensor parallelism. Raises ModelError if `config` is not `model`'s.
+    [B, S, V] over tensor parallelism. `loss_chunk_tokens`: see model/chunked_loss.py; None: all logits at once.
+    Raises ModelError if `config` is not `model`'s.
     """
     check(config, model)
     if model.vocab_size % config.tensor_model_parallel_size:
@@ -35,7 +40,8 @@ def build(
             f"model '{model.name}': vocab_size {model.vocab_size} is not divisible by {config.tensor_model_parallel_size} tensor-parallel "
             "ranks; the rows are not padded, choose a divisor"
         )
-    return GPTModel(
+    model_class = GPTModel if loss_chunk_tokens is None else partial(ChunkedLossGPTModel, loss_chunk_tokens=loss_chunk_tokens)
+    return model_class(
         config,
         block_spec(config, model.residual_multiplier, vp_stage=vp_stage, pg_collection=pg_collection),
         vocab_size=model.vocab_size,

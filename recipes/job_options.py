@@ -18,11 +18,27 @@ class Parallel(Strict):
     virtual_pipeline: PositiveInt | None = None
     """Model chunks per pipeline rank (interleaved schedule); None: no interleaving."""
     context: PositiveInt = 1
+    context_communication: Literal["p2p", "all_gather", "a2a", "a2a+p2p"] = "p2p"
+    """How attention sees the other context-parallel ranks' tokens. p2p: keys and values go round a ring, behind the computation;
+    all_gather: every rank gets all of them first; a2a: heads are dealt out instead of tokens (Ulysses); a2a+p2p: a2a inside groups of
+    neighbouring ranks, a ring between the groups."""
+    context_hierarchy: list[PositiveInt] | None = None
+    """Ranks of a2a and of the ring, in this order, with a2a+p2p; their product is `context`. None otherwise."""
     sequence_parallel: bool = False
     micro_batch_samples: PositiveInt = 1
     recompute: Literal["none", "selective", "full"] = "none"
+    recompute_method: Literal["uniform", "block"] | None = None
+    """With `full`. uniform: all layers, in chunks of recompute_num_layers of which only the input is kept; block: only the first
+    recompute_num_layers of each pipeline stage (or chunk), each by itself. None: uniform."""
     recompute_num_layers: PositiveInt | None = None
-    """Layers per recomputed chunk with `full` (Megatron's uniform method); None: 1."""
+    """With `full`: layers per chunk (uniform) or recomputed layers (block); None: 1."""
+    recompute_modules: list[Literal["core_attn", "layernorm", "mlp"]] | None = None
+    """With `selective`: the parts of every layer that are computed again. None: core_attn, which fused attention does by itself."""
+    offload_layers: PositiveInt | None = None
+    """Layers whose activations wait for the backward pass in the host's memory (Transformer Engine); None: none."""
+    loss_chunk_tokens: PositiveInt | None = None
+    """Tokens of a rank whose logits exist at once: output layer and cross entropy are computed in chunks of this many tokens, the logits
+    again in the backward pass (model/chunked_loss.py). None: all tokens of a micro batch at once."""
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
 

@@ -1,8 +1,8 @@
 """Compile one phase of a resolved recipe into the exact command-line arguments of the pinned Megatron.
 
 Megatron's argument parser is the only interface between a recipe and the training loop: nothing is set behind its back except what
-it has no flag for (Granite's softmax scale and residual multiplier, which `training.pretrain` adds as arguments of its own, and the
-learning rate, which `training.scheduler` computes in tokens). Imports no torch, so that `quarry plan --args` answers at once.
+it has no flag for (Granite's softmax scale and residual multiplier and the chunks of the loss, which `training.pretrain` adds as arguments
+of its own, and the learning rate, which `training.scheduler` computes in tokens). Imports no torch: `quarry plan --args` answers at once.
 
 TensorBoard is off in Megatron: its writer reads the loss, and so waits for the GPU, at every step, and writes the steps that a resume takes
 again twice. training/metrics.py writes the event files, on GPUs and CPU alike.
@@ -52,7 +52,7 @@ def compile_phase(recipe: Recipe, stage: str, run_dir: Path, load: Load | None =
         *_optimizer(phase.optimizer or recipe.optimizer),
         *_data(recipe, phase),
         *_checkpoints(phase, stage_dir, load),
-        *(_cpu() if on_cpu else _gpu(phase)),
+        *(_cpu() if on_cpu else _gpu()),
     ]
 
 
@@ -130,10 +130,22 @@ def _layout(phase: Phase) -> list[str]:
         args += _flags("overlap-param-gather")
     if layout.recompute == "selective":
         args += _values(recompute_granularity="selective")
+        if layout.recompute_modules is not None:
+            args += ["--recompute-modules", *layout.recompute_modules]
     elif layout.recompute == "full":
         args += _values(
-            recompute_granularity="full", recompute_method="uniform", recompute_num_layers=layout.recompute_num_layers or 1
+            recompute_granularity="full",
+            recompute_method=layout.recompute_method or "uniform",
+            recompute_num_layers=layout.recompute_num_layers or 1,
         )
+    if layout.context > 1:
+        args += _values(cp_comm_type=layout.context_communication)
+        if layout.context_hierarchy is not None:
+            args += ["--hierarchical-context-parallel-sizes", *map(str, layout.context_hierarchy)]
+    if layout.offload_layers is not None:
+        args += _values(cpu_offloading_num_layers=layout.offload_layers)
+    if layout.loss_chunk_tokens is not None:
+        args += _values(loss_chunk_tokens=layout.loss_chunk_tokens)
     return args
 
 
@@ -181,7 +193,20 @@ def _data(recipe: Recipe, phase: Phase) -> list[str]:
             seed=recipe.seed,
         ),
         *_flags("no-create-attention-mask-in-dataloader"),
+        *_documents(recipe, phase),
     ]
+
+
+def _documents(recipe: Recipe, phase: Phase) -> list[str]:
+    if not phase.documents_apart:
+        return []
+    # Samples differ in their number of loss tokens, and so do the parts of a sample that context-parallel ranks hold: the loss is the
+    # mean over the tokens of the global batch, whoever holds them.
+    args = _flags("documents-apart", "calculate-per-token-loss")
+    if phase.restart_positions:
+        return [*args, *_flags("restart-positions")]
+    # Transformer Engine's fused rotary embedding begins anew with every packed sequence.
+    return args if recipe.cluster.gpu == "cpu" else [*args, *_flags("no-rope-fusion")]
 
 
 def _checkpoints(phase: Phase, stage_dir: Path, load: Load | None) -> list[str]:
@@ -216,8 +241,8 @@ def _cpu() -> list[str]:
     ]
 
 
-def _gpu(phase: Phase) -> list[str]:
-    args = [
+def _gpu() -> list[str]:
+    return [
         *_values(
             distributed_backend="nccl",
             transformer_impl="transformer_engine",
@@ -228,9 +253,6 @@ def _gpu(phase: Phase) -> list[str]:
         ),
         *_flags("manual-gc", "cross-entropy-loss-fusion", "log-throughput"),
     ]
-    if phase.parallel.context > 1:
-        args += _values(cp_comm_type="p2p")
-    return args
 
 
 def add_granite_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -238,6 +260,9 @@ def add_granite_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     group = parser.add_argument_group("granite")
     group.add_argument("--softmax-scale", type=float, required=True, help="attention_multiplier; copied into TransformerConfig")
     group.add_argument("--residual-multiplier", type=float, required=True)
+    group.add_argument("--documents-apart", action="store_true", help="training/documents.py")
+    group.add_argument("--restart-positions", action="store_true", help="of RoPE, with each document")
+    group.add_argument("--loss-chunk-tokens", type=int, help="tokens of a rank whose logits exist at once; default: all")
     return parser
 
 

@@ -197,6 +197,7 @@ def model_provider(recipe: Recipe, stage: str, args: Any) -> Callable[..., Any]:
             post_process=post_process,
             vp_stage=vp_stage,
             pg_collection=pg_collection,
+            loss_chunk_tokens=args.loss_chunk_tokens,
         )
 
     return provide
