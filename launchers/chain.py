@@ -78,7 +78,7 @@ class Launch:
             from launchers import docker_jobs
 
             return docker_jobs.dryrun(self, done)
-        data = stage_job.data_job(self.recipe, self.run.path, data_command=self.data_command)
+        data = stage_job.data_job(self.recipe, self.run.path, last=self.last, data_command=self.data_command)
         for job, state in ((data, "prepare"), *((self.jobs[s], "finished" if s in done else "start") for s in self.stages)):
             self.console.print(f"\n[{state}] {job.stage}")
             if state != "finished":
@@ -192,7 +192,7 @@ class Launch:
         return code
 
     def _prepare_data(self, jobs: LocalJobs | DockerJobs) -> tuple[int, str]:
-        job = stage_job.data_job(self.recipe, self.run.path, data_command=self.data_command)
+        job = stage_job.data_job(self.recipe, self.run.path, last=self.last, data_command=self.data_command)
         self._wait_for_strays(jobs, job)
         shown = LogTail(job.log)
         begun = time.monotonic()

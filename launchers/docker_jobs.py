@@ -178,7 +178,7 @@ def dryrun(launch: Launch, done: set[str], caller: Caller | None = None) -> int:
     containers = Containers(launch.recipe, launch.run.path, caller or Caller.of_this_process())
     folder = launch.run.path / "scripts"
     folder.mkdir(parents=True, exist_ok=True)
-    data = stage_job.data_job(launch.recipe, launch.run.path, data_command=launch.data_command)
+    data = stage_job.data_job(launch.recipe, launch.run.path, last=launch.last, data_command=launch.data_command)
     for stage, job in {DATA: data, **launch.jobs}.items():
         if stage in done or (stage != DATA and stage not in launch.stages):
             continue

@@ -21,6 +21,7 @@ EPILOG = """examples:
   quarry prep curriculum=smoke                       corpus, tokenizer, tokens, held-out sets and views under data.root
   quarry prep curriculum=smoke --dry-run             what each phase would draw from each source; writes nothing
   quarry prep curriculum=smoke data.max_epochs=1     refuse to read anything twice
+  quarry prep --to final_annealing                   pre-training only: no samples or prompts of what follows
 
 What is up to date is left alone; run it again after anything. Exit code 2: refused, with the reason and a remedy.
 """
@@ -38,6 +39,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="print tokens available and drawn, epochs and shares; write nothing"
     )
+    parser.add_argument("--to", metavar="STAGE", help="the last stage whose samples or prompts are wanted now (default: all)")
     return parser
 
 
@@ -50,18 +52,12 @@ def run(args: argparse.Namespace) -> int:
     check(recipe)
     if args.dry_run:
         return _dry_run(recipe)
-    from data_prep.cache_job import build_caches
-    from data_prep.prepare import prepare
     from data_prep.progress import Shown
+    from data_prep.whole import prepare_everything
 
-    progress = Shown()
-    prepare(recipe, progress=progress)
-    build_caches(recipe, progress=progress)
-    if any(stage in recipe.sft for stage in recipe.stages):
-        from data_prep.sft import prepare_all
-        from data_prep.sources import threads
-
-        prepare_all(recipe, workers=threads(), say=progress.message)
+    if args.to is not None:
+        recipe.stage_kind(args.to)
+    prepare_everything(recipe, last=args.to, progress=Shown())
     print(f"data of '{recipe.name}' is ready in {recipe.data.root}")
     return 0
 

@@ -33,7 +33,7 @@ def scripts(launch: Launch, code: Code) -> SlurmScripts:
 
 def jobs_of(launch: Launch) -> dict[str, StageJob]:
     """The job of the data and of every stage, in order."""
-    data = stage_job.data_job(launch.recipe, launch.run.path, data_command=launch.data_command)
+    data = stage_job.data_job(launch.recipe, launch.run.path, last=launch.last, data_command=launch.data_command)
     return {DATA: data, **launch.jobs}
 
 

@@ -116,8 +116,10 @@ def stage_job(recipe: Recipe, run_dir: Path, stage: str, *, stage_command: tuple
     )
 
 
-def data_job(recipe: Recipe, run_dir: Path, *, data_command: tuple[str, ...] = DATA_COMMAND) -> StageJob:
-    """The job that prepares the data of all stages."""
+def data_job(
+    recipe: Recipe, run_dir: Path, *, last: str | None = None, data_command: tuple[str, ...] = DATA_COMMAND
+) -> StageJob:
+    """The job that prepares the data of all stages; of post-training stages behind `last` it prepares nothing."""
     run_dir = run_dir.resolve()
     stage_dir = run_dir / DATA
     return StageJob(
@@ -125,7 +127,7 @@ def data_job(recipe: Recipe, run_dir: Path, *, data_command: tuple[str, ...] = D
         stage=DATA,
         run_dir=str(run_dir),
         stage_dir=str(stage_dir),
-        command=[*data_command, "--recipe", str(run_dir / "recipe.json")],
+        command=[*data_command, "--recipe", str(run_dir / "recipe.json"), *(["--last", last] if last is not None else [])],
         environment=_environment(recipe, stage_dir),
     )
 

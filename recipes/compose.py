@@ -34,13 +34,16 @@ def compose(overrides: Sequence[str] = (), config_dirs: Iterable[Path | str] = (
 
     `overrides` are in Hydra's grammar (`model=granite_4_1_3b`, `phase.foundation.tokens=1e11`, `+extra.owner=me`, `~phase.x`).
     `tokens` is resolved to whole steps: steps = ceil(tokens / (batch * length)), tokens = steps * batch * length, and what was asked
-    for stays in `tokens_requested`. A phase, merge, sft or export that is null does not exist.
+    for stays in `tokens_requested`. A phase, merge, sft, grpo, ab or export that is null does not exist, nor does a source.
 
     Raises RecipeError, which says what is wrong and what would be right. The result is not linted: see `recipes.lint.check`.
     """
     raw = _container(overrides, [Path(d) for d in config_dirs])
-    for section in ("phase", "merge", "sft", "grpo", "export"):
-        raw[section] = {name: stage for name, stage in (raw.get(section) or {}).items() if stage is not None}
+    for section in ("phase", "merge", "sft", "grpo", "ab", "export"):
+        raw[section] = _without_nulls(raw.get(section) or {})
+    for holder in (raw["data"], *raw["sft"].values()):
+        if isinstance(holder.get("sources"), dict):
+            holder["sources"] = _without_nulls(holder["sources"])
     _check_stages(raw)
     problems: list[str] = []
     for name, phase in raw["phase"].items():
@@ -51,6 +54,10 @@ def compose(overrides: Sequence[str] = (), config_dirs: Iterable[Path | str] = (
         return Recipe.model_validate(raw)
     except ValidationError as error:
         raise RecipeError(describe(error)) from None
+
+
+def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def composed_yaml(overrides: Sequence[str] = (), config_dirs: Iterable[Path | str] = ()) -> str:
@@ -201,7 +208,7 @@ def _check_stages(raw: dict[str, Any]) -> None:
         raise RecipeError(
             f"stages: must be a list of stage names (got {stages!r}); a curriculum sets it, e.g. curriculum=five_phase"
         )
-    known = [*raw["phase"], *raw["merge"], *raw["sft"], *raw["grpo"], *raw["export"]]
+    known = [*raw["phase"], *raw["merge"], *raw["sft"], *raw["grpo"], *raw["ab"], *raw["export"]]
     unknown = [s for s in stages if s not in known]
     if unknown:
         kept = ",".join(str(s) for s in stages if s in known)

@@ -59,8 +59,12 @@ def grpo_rules(recipe: Recipe, stage: str) -> Iterator[Problem]:
     """What the linter refuses of a reinforcement-learning stage; the layout's other rules are those of a phase."""
     key, grpo = f"grpo.{stage}", recipe.grpo[stage]
     layout = grpo.parallel
-    if not grpo.prompts:
-        yield Problem(f"{key}.prompts", "[]", "there is nothing to answer", f"e.g. {key}.prompts=[data/prompts.jsonl]")
+    if bool(grpo.prompts) == (grpo.builder is not None):
+        rule = "there is nothing to answer" if not grpo.prompts else "a stage has either files or a builder"
+        yield Problem(f"{key}.prompts", grpo.prompts, rule, f"e.g. {key}.prompts=[data/prompts.jsonl] and builder null")
+    if (grpo.builder is None) != (grpo.max_prompts is None):
+        rule = "a builder makes max_prompts prompts; files are read whole"
+        yield Problem(f"{key}.max_prompts", grpo.max_prompts, rule, "a number with a builder, null with files")
     if not grpo.rewards:
         yield Problem(
             f"{key}.rewards",

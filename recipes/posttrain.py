@@ -131,8 +131,11 @@ class Grpo(Strict):
 class GrpoStage(Grpo):
     """One stage of a curriculum: the settings with what they are applied to, and where."""
 
-    prompts: list[str]
-    """JSON-lines files; format in training/rl/prompts.py."""
+    prompts: list[str] = []
+    """JSON-lines files or glob patterns; format in training/rl/prompts.py."""
+    builder: str | None = None
+    """In the place of prompts: prompts made here while data are prepared (data_prep/rl_prompts.py), `max_prompts` of them."""
+    max_prompts: PositiveInt | None = None
     rewards: dict[str, Any]
     """Reward plan: domain -> rewards (training/rewards/plan.py)."""
     parallel: Parallel

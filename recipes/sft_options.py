@@ -12,12 +12,38 @@ from recipes.fields import NonNegativeFloat, PositiveFloat, PositiveInt, Strict
 from recipes.job_options import Optimizer, Parallel, Precision
 
 
+class SftJudge(Strict):
+    """How a source is curated while data are prepared: rules first, then an LLM judge (docs/judge.md). What it refuses is not trained on."""
+
+    endpoint: str
+    """OpenAI-compatible address, http://host:8000/v1; `local`: a small model served here, which proves the path and judges nothing."""
+    model: str | None = None
+    """The judge, as the endpoint calls it; None with `local` only."""
+    rubric: str = "auto"
+    """Name (recipes/rubric) or YAML file; auto: the one that fits each sample."""
+    rules: str = "sft"
+    """Name (recipes/curation) or YAML file of what precedes the judge."""
+    take: list[Literal["accepted", "borderline"]] = ["accepted"]
+    """Outcomes that are trained on."""
+    concurrent_requests: PositiveInt = 16
+    max_answer_tokens: PositiveInt = 1024
+    """Longest judgement, thinking included."""
+    timeout_seconds: PositiveFloat = 120.0
+    """Of one attempt."""
+    max_unjudged_percent: NonNegativeFloat = 0.0
+    """More samples that no attempt brought a judgement for stop the preparation; the next one asks about these again."""
+    api_key_env: str | None = None
+    """Environment variable that holds the key; None: QUARRY_JUDGE_API_KEY."""
+
+
 class SftSource(Strict):
     paths: list[str] = []
     """Files or glob patterns of chat samples: JSON lines (plain, gz, zst) or Parquet; format in docs/sft.md."""
     builder: str | None = None
     """In the place of paths: samples made here (data_prep/sft_builtin.py), `max_samples` of them."""
     max_samples: PositiveInt | None = None
+    judge: SftJudge | None = None
+    """None: the samples are trained on as they are, because `quarry judge` has been run or nothing is to be judged."""
 
 
 class Sft(Strict):

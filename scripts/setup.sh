@@ -5,10 +5,11 @@ cd "$(dirname "$0")/.."
 venv=${1:-.venv}
 version=$(cat .python-version)
 export UV_PYTHON_DOWNLOADS=never
+# --no-deps: the lock is complete, and one package of it must come without what it names (scripts/lock.sh).
 
 if command -v uv >/dev/null 2>&1; then
   [ -x "$venv/bin/python" ] || uv venv --quiet --python "$version" "$venv"
-  uv pip install --quiet --python "$venv/bin/python" -r requirements.lock
+  uv pip install --quiet --python "$venv/bin/python" --no-deps -r requirements.lock
   uv pip install --quiet --python "$venv/bin/python" --no-deps -e .
 else
   if [ ! -x "$venv/bin/python" ]; then
@@ -19,7 +20,7 @@ else
     fi
     "$python" -m venv "$venv"
   fi
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.lock
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 fi
 # Byte code now, on all cores, instead of during the first run. Some packages ship templates that are no Python: those do not matter.

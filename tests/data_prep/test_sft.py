@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from data_prep import sft_files
 from data_prep.errors import DataError
 from data_prep.manifest import TokenizerRecord
+from data_prep.progress import Silent
 from data_prep.sft import prepare_sft
 from data_prep.sft_manifest import PackedSequences, SampleStore, SftManifest, lay_out, manifest_path, packs_prefix
 from data_prep.sft_render import Renderer
@@ -53,6 +54,13 @@ BAD = [{"messages": []}, {"messages": [{"role": "user", "content": "no answer"}]
 LONG = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a long answer " * 40}]}
 
 
+class Said(Silent):
+    """Progress that keeps its messages."""
+
+    def __init__(self, lines):
+        self.message = lines.append
+
+
 def sft(root, **changes):
     values = {
         **SFT,
@@ -89,7 +97,7 @@ def home(trained, tmp_path_factory):
 def made(home):
     root, record = home
     said = []
-    return prepare_sft(sft(root), "sft", root / "data", record, say=said.append), said
+    return prepare_sft(sft(root), "sft", root / "data", record, progress=Said(said)), said
 
 
 def test_every_sample_is_in_one_place_and_what_it_says_is_what_was_rendered(home, made, trained, tmp_path):
@@ -158,16 +166,16 @@ def test_what_is_refused_is_counted_and_kept_with_its_line(home, made):
 def test_too_many_refused_stop_it(home):
     root, record = home
     with pytest.raises(DataError, match=r"3 of 104 samples are refused .* more than max_refused_percent = 1"):
-        prepare_sft(sft(root, max_refused_percent=1.0), "strict", root / "data", record, say=lambda _: None)
+        prepare_sft(sft(root, max_refused_percent=1.0), "strict", root / "data", record)
     with pytest.raises(DataError, match="nothing matches"):
-        prepare_sft(sft(root, sources={"x": {"paths": ["nowhere/*.jsonl"]}}), "none", root / "data", record, say=lambda _: None)
+        prepare_sft(sft(root, sources={"x": {"paths": ["nowhere/*.jsonl"]}}), "none", root / "data", record)
     with pytest.raises(DataError, match="no sample is left to train on"):
-        prepare_sft(sft(root, seq_length_tokens=4), "short", root / "data", record, say=lambda _: None)
+        prepare_sft(sft(root, seq_length_tokens=4), "short", root / "data", record)
 
 
 def test_a_long_sample_is_cut_when_asked_for(home):
     root, record = home
-    manifest = prepare_sft(sft(root, too_long="cut"), "cut", root / "data", record, say=lambda _: None)
+    manifest = prepare_sft(sft(root, too_long="cut"), "cut", root / "data", record)
     assert manifest.training.cut_samples + sum(p.cut_samples for p in manifest.heldout.values()) == 1
     store = SampleStore(manifest, root / "data")
     (long,) = np.flatnonzero(store.lengths > LENGTH)
@@ -179,13 +187,13 @@ def test_again_makes_nothing_and_another_length_only_packs(home, made, monkeypat
     manifest, _ = made
     monkeypatch.setattr(Renderer, "render", lambda *_: pytest.fail("rendered again"))
     said = []
-    assert prepare_sft(sft(root), "sft", root / "data", record, say=said.append) == manifest
+    assert prepare_sft(sft(root), "sft", root / "data", record, progress=Said(said)) == manifest
     assert "nothing to do" in said[-1]
-    other = prepare_sft(sft(root, pack_multiple_tokens=8), "sft", root / "data", record, say=said.append)
+    other = prepare_sft(sft(root, pack_multiple_tokens=8), "sft", root / "data", record, progress=Said(said))
     assert other.digest != manifest.digest
     assert other.training.samples == manifest.training.samples
     assert other.training.sequences >= manifest.training.sequences
-    assert prepare_sft(sft(root), "sft", root / "data", record, say=said.append) == manifest  # and back, byte for byte
+    assert prepare_sft(sft(root), "sft", root / "data", record, progress=Said(said)) == manifest  # and back, byte for byte
 
 
 def test_a_killed_preparation_leaves_no_manifest_and_goes_on(home, made, monkeypatch, tmp_path):
@@ -202,13 +210,13 @@ def test_a_killed_preparation_leaves_no_manifest_and_goes_on(home, made, monkeyp
 
     monkeypatch.setattr("data_prep.sft.render_file", killed)
     with pytest.raises(KeyboardInterrupt):
-        prepare_sft(sft(root), "again", root / "data", record, say=lambda _: None)
+        prepare_sft(sft(root), "again", root / "data", record)
     assert not manifest_path(root / "data", "again").exists()
     monkeypatch.setattr("data_prep.sft.render_file", real)
     calls = []
     rendering = Renderer.render
     monkeypatch.setattr(Renderer, "render", lambda self, samples: calls.append(len(samples)) or rendering(self, samples))
-    again = prepare_sft(sft(root), "again", root / "data", record, say=lambda _: None)
+    again = prepare_sft(sft(root), "again", root / "data", record)
     assert calls == [40]  # only the third file
     assert again.training.files == manifest.training.files
 

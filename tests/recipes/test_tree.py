@@ -49,7 +49,10 @@ def test_smoke_is_clean_here_on_slurm_and_with_fp8_on_a_gpu() -> None:
 
 
 def test_smoke_has_the_stages_of_the_default_and_changes_the_layout_at_each_hand_off(smoke: Recipe, five_phase: Recipe) -> None:
-    assert smoke.stages == five_phase.stages
+    left_out = {"multi_domain", "rlhf", "identity"}
+    assert smoke.stages == [stage for stage in five_phase.stages if stage not in left_out]
+    later = [smoke.phase["final_annealing"].parallel.name, smoke.sft["sft"].parallel.name, smoke.grpo["math"].parallel.name]
+    assert all(a != b for a, b in itertools.pairwise(later))
     layouts = [smoke.phase[s].parallel for s in smoke.stages if s in smoke.phase]
     assert all(a.name != b.name for a, b in itertools.pairwise(layouts))
     assert {p.name for p in layouts} == {"single", "dp2", "tp2_sp", "pp2", "cp2", "tp2_cp2"}
@@ -61,8 +64,9 @@ def test_smoke_has_the_stages_of_the_default_and_changes_the_layout_at_each_hand
 def test_orders_of_the_phases(five_phase: Recipe, granite_4_1: Recipe) -> None:
     long = ["long_32k", "merge_32k", "long_128k", "merge_128k", "long_512k", "merge_512k"]
     start = ["foundation", "capability", "annealing"]
-    assert five_phase.stages == [*start, *long, "final_annealing", "export"]
-    assert granite_4_1.stages == [*start, "final_annealing", *long, "export"]
+    post = ["sft", "multi_domain", "rlhf", "identity", "math", "export"]
+    assert five_phase.stages == [*start, *long, "final_annealing", *post]
+    assert granite_4_1.stages == [*start, "final_annealing", *long, *post]
 
 
 def test_tokens_are_the_published_ones(five_phase: Recipe, granite_4_1: Recipe) -> None:

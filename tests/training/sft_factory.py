@@ -151,7 +151,7 @@ def make_data(root, count=200):
     )
     recipe = make_recipe(root)
     for name, sft in recipe.sft.items():
-        prepare_sft(sft, name, data, tokenizer, say=lambda _: None)
+        prepare_sft(sft, name, data, tokenizer)
     return recipe
 
 

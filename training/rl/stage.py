@@ -15,6 +15,7 @@ from typing import Any
 
 from data_prep.files import digest_of
 from data_prep.manifest import HeldoutManifest, heldout_path
+from data_prep.rl_prompts import prompt_paths
 from recipes.grpo_stage import as_phase, settings
 from recipes.schema import Recipe, RecipeError
 from training import fast_import, pretrain
@@ -49,7 +50,7 @@ def make_job(recipe: Recipe, stage: str, run_dir: Path) -> tuple[Job, Handoff]:
         seed=recipe.seed,
         gpu=recipe.cluster.gpu,
         tokenizer=str((Path(recipe.data.root) / previous.tokenizer["path"]).resolve()),
-        prompts=own.prompts,
+        prompts=[str(path) for path in prompt_paths(own, stage, Path(recipe.data.root))],
         rewards=own.rewards,
         initial=Initial(checkpoints=str(checkpoint.parent), step=int(checkpoint.name.removeprefix("iter_"))),
     )
