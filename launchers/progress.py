@@ -16,7 +16,7 @@ from launchers.runs import RunFolder
 from launchers.stage_job import DATA
 from launchers.steps import sft_steps
 from recipes.flops import flops_per_token
-from recipes.plan import PEAK_BF16_FLOPS
+from recipes.gpus import PEAK_BF16_FLOPS
 from recipes.schema import Recipe
 
 State = Literal["waiting", "running", "finished", "failed", "interrupted"]
