@@ -279,6 +279,8 @@ def _steps_of_phase(job: StageJob) -> int | None:
         if sft := recipe.get("sft", {}).get(job.stage):
             root, batch = Path(recipe["data"]["root"]), sft["global_batch_sequences"]
             return sft_steps(root, job.stage, epochs=sft["epochs"], batch_sequences=batch)
+        if gate := recipe.get("ab", {}).get(job.stage):
+            return int(gate["steps"])  # of the arm that runs, whose metrics.jsonl the gate shows as its own
         return int(recipe["phase"][job.stage]["steps"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -30,7 +30,7 @@ class StageProgress:
     """One stage as its files tell it."""
 
     stage: str
-    kind: Literal["phase", "merge", "sft", "grpo", "export"]
+    kind: Literal["phase", "merge", "sft", "grpo", "ab", "export"]
     state: State = "waiting"
     reason: str = ""
     """Why a stage that failed or was interrupted ended."""
@@ -41,6 +41,8 @@ class StageProgress:
     stage_tokens: int = 0
     total_tokens: int | None = None
     loss: float | None = None
+    reward: float | None = None
+    """Mean of the last step's samples, of reinforcement learning."""
     tokens_per_second: float | None = None
     """Over all GPUs or ranks, in the last steps that were logged."""
     gpus: int = 0
@@ -57,6 +59,8 @@ class StageProgress:
     """From the start of an attempt to its first logged step: imports, data, checkpoint, the first held-out evaluation."""
     training_seconds: float = 0.0
     """Steps that are in metrics.jsonl."""
+    seconds_per_row: float | None = None
+    """Of metrics.jsonl, lately; in reinforcement learning that is a step, rollouts included."""
     max_rss_bytes: int | None = None
     handoff: Row | None = None
     metrics: list[Row] = field(default_factory=list)
@@ -80,6 +84,20 @@ class StageProgress:
     def own_heldout(self) -> dict[str, float] | None:
         """Held-out losses that this stage measured at its end, nats per token (an export's hand-off repeats those of its input)."""
         return ((self.handoff or {}).get("heldout") or None) if self.kind == "phase" else None
+
+    @property
+    def answers(self) -> tuple[dict[str, float], dict[str, float]] | None:
+        """Of fine-tuning: loss on held-out answers by source, nats per token that an assistant wrote, before and after; None until then."""
+        found = [
+            next((r["answers"] for r in rows if r.get("when") == when and isinstance(r.get("answers"), dict)), None)
+            for when, rows in (("start", self.heldout), ("end", reversed(self.heldout)))
+        ]
+        return (found[0], found[1]) if found[0] is not None and found[1] is not None else None
+
+    @property
+    def rewards(self) -> list[Row]:
+        """The rows of metrics.jsonl that hold a mean reward."""
+        return [row for row in self.metrics if isinstance(row.get("reward"), int | float)]
 
     @property
     def other_seconds(self) -> float:
@@ -150,12 +168,14 @@ class RunProgress:
         return sum(s.eta_seconds or 0.0 for s in self.stages if s.state != "finished")
 
     def _estimate(self) -> None:
-        """Time left of the stages that are not running: start-up as seen so far, then the speed of the last phase that ran.
+        """Time left of the stages that are not running: start-up as seen so far, then the speed of the last phase that ran, or of fine-tuning.
 
         On GPUs the speed is that phase's utilisation: a token of a longer context costs more FLOPs, and more GPUs do more of them.
         """
-        ran = next((s for s in reversed(self.stages) if s.tokens_per_second and s.kind == "phase"), None)
-        if ran is None or not ran.tokens_per_second:
+        ran = next(
+            (s for kind in ("phase", "sft") for s in reversed(self.stages) if s.kind == kind and s.tokens_per_second), None
+        )
+        if not any(s.tokens_per_second for s in self.stages):
             return
         ended = [s for s in self.stages if s.state == "finished" and s.wall_seconds]
         overheads = [s.wall_seconds - s.training_seconds for s in ended]
@@ -167,12 +187,39 @@ class RunProgress:
         for s in self.stages:
             if s.state in ("running", "finished"):
                 continue
-            s.eta_seconds = overhead
-            if s.kind == "phase":
+            if s.kind == "grpo":
+                s.eta_seconds = self._rollout_estimate(s, overhead)
+            elif s.kind not in ("phase", "sft"):
+                s.eta_seconds = overhead
+            elif ran is not None and ran.tokens_per_second and s.steps:
                 rate = ran.tokens_per_second
                 if s.peak_flops and s.flops_per_token and ran.flops_per_token:
                     rate *= ran.flops_per_token / s.flops_per_token * s.gpus / ran.gpus
-                s.eta_seconds += (self.recipe.phase[s.stage].tokens - s.stage_tokens) / rate
+                s.eta_seconds = overhead + (self._tokens(s) - s.stage_tokens) / rate
+
+    def _tokens(self, s: StageProgress) -> int:
+        """All tokens of a phase, or places of the sequences of fine-tuning, as metrics.jsonl counts them."""
+        if s.kind == "phase":
+            return self.recipe.phase[s.stage].tokens
+        sft = self.recipe.sft[s.stage]
+        return s.steps * sft.global_batch_sequences * sft.seq_length_tokens
+
+    def _rollout_estimate(self, s: StageProgress, overhead: float) -> float | None:
+        """Of a stage of reinforcement learning that does not run: by its own steps, else those of the last such stage, a sample's place for
+        a place. None before any: what a rollout takes follows from no speed of training."""
+        like = (
+            s if s.seconds_per_row else next((o for o in reversed(self.stages) if o.kind == "grpo" and o.seconds_per_row), None)
+        )
+        if like is None or not like.seconds_per_row:
+            return None
+        own, known = self.recipe.grpo[s.stage], self.recipe.grpo[like.stage]
+        places = own.samples_per_step * own.seq_length_tokens / (known.samples_per_step * known.seq_length_tokens)
+        return overhead + (s.steps - s.step) * like.seconds_per_row * places * like.gpus / s.gpus
+
+    @property
+    def not_estimated(self) -> list[str]:
+        """Stages that `eta_seconds` leaves out, because nothing tells yet how long they take."""
+        return [s.stage for s in self.stages if s.state != "finished" and s.kind in ("sft", "grpo") and s.eta_seconds is None]
 
     def _stage(self, stage: str) -> StageProgress:
         kind = self.recipe.stage_kind(stage)
@@ -197,12 +244,10 @@ class RunProgress:
         self._read_handoff(progress)
         self._read_journal(progress, rows)
         if progress.state == "running" and progress.tokens_per_second:
-            if kind == "phase":
-                progress.eta_seconds = (self.recipe.phase[stage].tokens - progress.stage_tokens) / progress.tokens_per_second
-            elif kind == "sft" and progress.steps:
-                sft = self.recipe.sft[stage]
-                tokens = progress.steps * sft.global_batch_sequences * sft.seq_length_tokens
-                progress.eta_seconds = (tokens - progress.stage_tokens) / progress.tokens_per_second
+            if kind == "phase" or (kind == "sft" and progress.steps):
+                progress.eta_seconds = (self._tokens(progress) - progress.stage_tokens) / progress.tokens_per_second
+            elif kind == "grpo":
+                progress.eta_seconds = (progress.steps - progress.step) * (progress.seconds_per_row or 0.0)
         return progress
 
     def _steps(self, stage: str) -> int:
@@ -211,6 +256,8 @@ class RunProgress:
             return self.recipe.phase[stage].steps
         if stage in self.recipe.grpo:
             return self.recipe.grpo[stage].steps
+        if stage in self.recipe.ab:
+            return self.recipe.ab[stage].steps
         if stage not in self.recipe.sft:
             return 0
         if not self._sft_steps.get(stage):
@@ -232,6 +279,10 @@ class RunProgress:
         for row in progress.metrics:
             rate, stage_tokens = row.get("tokens_per_second"), row.get("stage_tokens", 0)
             seconds = (stage_tokens - tokens_before) / rate if rate else row.get("seconds") or 0.0
+            if progress.kind == "grpo":
+                # One row a step; stage_tokens counts those in the loss only, not all that were sampled.
+                seconds = row.get("seconds") or 0.0
+                progress.reward = row.get("reward", progress.reward)
             spent.append((stage_tokens - tokens_before, seconds))
             tokens_before = stage_tokens
             if row.get("loss") is not None:
@@ -246,6 +297,7 @@ class RunProgress:
             )
             recent = spent[-RATE_WINDOW_ROWS:]
             seconds = sum(s for _, s in recent)
+            progress.seconds_per_row = seconds / len(recent)
             progress.tokens_per_second = sum(t for t, _ in recent) / seconds if seconds else None
 
     def _read_handoff(self, progress: StageProgress) -> None:

@@ -203,6 +203,6 @@ def _leaves_finished(difference: Difference, old: Recipe, new: Recipe, finished:
         return True
     if head == "stages":
         return old.stages[: len(finished)] == new.stages[: len(finished)]
-    if head in ("phase", "merge", "sft", "grpo", "export"):
+    if head in ("phase", "merge", "sft", "grpo", "ab", "export"):
         return bool(rest) and rest[0] not in finished
     return not finished

@@ -21,6 +21,7 @@ from launchers.code_snapshot import REPOSITORY
 from launchers.errors import LaunchError
 from launchers.slurm_job import EXIT_AGAIN
 from launchers.stage_job import StageJob
+from recipes.docker_options import layout_of
 from recipes.schema import Recipe
 from recipes.slurm_options import SlurmOptions, slurm_options
 
@@ -44,10 +45,8 @@ def options_of(recipe: Recipe) -> SlurmOptions:
 
 def nodes_of(recipe: Recipe, stage: str) -> int:
     """Nodes of a stage; data, merges and exports take one."""
-    training = recipe.phase.get(stage) or recipe.sft.get(stage) or recipe.grpo.get(stage)
-    if training is not None:
-        return max(1, training.parallel.gpus // recipe.cluster.gpus_per_node)
-    return 1
+    layout = layout_of(recipe, stage)
+    return 1 if layout is None else max(1, layout.gpus // recipe.cluster.gpus_per_node)
 
 
 def shell_word(what: str, value: str) -> str:

@@ -12,12 +12,26 @@ TRACKER = Path("checkpoints") / "latest_checkpointed_iteration.txt"
 
 
 def checkpoint_step(job: StageJob) -> int:
-    """Step of the stage's last whole checkpoint, 0 without one (Megatron writes its tracker after the files)."""
+    """Step of the stage's last whole checkpoint, 0 without one (Megatron writes its tracker after the files). Of a gate: the steps of its
+    arms together, those of an arm that is finished included."""
+    stage_dir = Path(job.stage_dir)
+    return _tracked(stage_dir) + sum(_tracked(arm) or _taken(arm) for arm in stage_dir.glob("arms/*/stages/*"))
+
+
+def _tracked(folder: Path) -> int:
     try:
-        text = (Path(job.stage_dir) / TRACKER).read_text().strip()
-    except FileNotFoundError:
+        text = (folder / TRACKER).read_text().strip()
+    except OSError:
         return 0
     return int(text) if text.isdigit() else 0
+
+
+def _taken(arm: Path) -> int:
+    """Steps of a finished arm, whose checkpoints are gone (training/ab_arm.py)."""
+    try:
+        return int(json.loads((arm / "result.json").read_bytes())["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def sft_steps(data_root: Path, stage: str, *, epochs: int, batch_sequences: int) -> int | None:

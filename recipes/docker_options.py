@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, PositiveInt
 
+from recipes.ab_arms import layout
 from recipes.fields import Strict
 from recipes.slurm_options import Packager, Word
 
@@ -156,5 +157,7 @@ def docker_options(options: dict[str, Any]) -> DockerOptions:
 
 def layout_of(recipe: Recipe, stage: str) -> Parallel | None:
     """The layout of a stage that trains; None for one that runs without ranks (merge, export)."""
-    layout: Parallel | None = getattr(getattr(recipe, recipe.stage_kind(stage))[stage], "parallel", None)
-    return layout
+    if stage in recipe.ab:
+        return layout(recipe, stage)
+    found: Parallel | None = getattr(getattr(recipe, recipe.stage_kind(stage))[stage], "parallel", None)
+    return found

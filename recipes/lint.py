@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+from recipes.ab_stage import ab_rules
 from recipes.grpo_stage import grpo_rules
 from recipes.lint_layout import cluster_rules, model_rules, phase_layout_rules
 from recipes.problem import Problem
@@ -36,6 +37,8 @@ def lint(recipe: Recipe) -> list[Problem]:
             problems += sft_rules(recipe, stage)
         elif stage in recipe.grpo:
             problems += grpo_rules(recipe, stage)
+        elif stage in recipe.ab:
+            problems += ab_rules(recipe, stage)
     return problems
 
 
@@ -53,8 +56,9 @@ def stage_rules(recipe: Recipe) -> Iterator[Problem]:
             "stages", listed, "there is nothing to do", f"name stages, e.g. stages=[{','.join(recipe.phase) or 'foundation'}]"
         )
         return
-    if recipe.stages[0] not in recipe.phase:
-        yield Problem("stages", listed, f"the first stage, {recipe.stages[0]}, has no model to start from", "put a phase first")
+    first = next((s for s in recipe.stages if s not in recipe.ab), recipe.stages[0])
+    if first not in recipe.phase:
+        yield Problem("stages", listed, f"the first stage, {first}, has no model to start from", "put a phase first")
     for index, stage in enumerate(recipe.stages):
         if stage in recipe.export and index != len(recipe.stages) - 1:
             last = [s for s in recipe.stages if s != stage]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from recipes.ab_arms import ARMS, arm_phase
 from recipes.estimates import StageEstimate, estimates, gpu_of, stage_phase, total
 from recipes.flops import flops_per_token, parameters
 from recipes.schedules import first_peak_last
@@ -221,6 +222,10 @@ def notes(recipe: Recipe, every: Sequence[StageEstimate] | None = None) -> Itera
             precisions.setdefault(phase.precision.name, []).append(stage)
     texts = [name if len(precisions) == 1 else f"{name} in {', '.join(stages)}" for name, stages in precisions.items()]
     yield f"precision: {'; '.join(texts)}"
+    for stage in (s for s in recipe.stages if s in recipe.ab):
+        gate = recipe.ab[stage]
+        arms = [f"{(p := arm_phase(recipe, stage, name)).precision.name} {layout_text(p)}" for name in ARMS]
+        yield f"{stage}: gate, {gate.steps:,} steps of {gate.phase} in each of {' and '.join(arms)}, apart by at most {gate.tolerance_percent:g}%"
     merges = [s for s in recipe.stages if s in recipe.merge]
     if merges:
         inputs = {s: " + ".join(f"{w:g} {name}" for name, w in recipe.merge[s].inputs.items()) for s in merges}
@@ -234,7 +239,11 @@ def notes(recipe: Recipe, every: Sequence[StageEstimate] | None = None) -> Itera
     for stage in recipe.stages:
         if stage in recipe.phase and (jump := recipe.phase[stage].schedule.jump):
             yield f"{stage}: learning rate jumps: {jump}"
-    unused = [s for s in [*recipe.phase, *recipe.merge, *recipe.sft, *recipe.grpo, *recipe.export] if s not in recipe.stages]
+    unused = [
+        s
+        for s in [*recipe.phase, *recipe.merge, *recipe.sft, *recipe.grpo, *recipe.ab, *recipe.export]
+        if s not in recipe.stages
+    ]
     if unused:
         yield f"defined but not in stages, so not run: {', '.join(unused)}"
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError, model_validator
 
+from recipes.ab_options import Ab
 from recipes.cleaning import Cleaning
 from recipes.fields import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict
 from recipes.job_options import Optimizer, Parallel, Precision
@@ -113,6 +114,11 @@ class Phase(Strict):
     require_long_in: list[str] = []
     """Categories of which the phase takes nothing shorter than min_document_tokens; when their long documents are used up, these
     begin another epoch (at most data.max_epochs)."""
+    documents_apart: bool = False
+    """No token sees, or is predicted from, another document of its sample. False: a sample is one stream."""
+    restart_positions: bool = False
+    """RoPE counts from 0 in each document (with documents_apart only). RoPE depends on distances alone, so that what changes is the
+    rounding of large positions."""
     schedule: Schedule
     parallel: Parallel
     precision: Precision
@@ -132,6 +138,13 @@ class Phase(Strict):
     @property
     def samples(self) -> int:
         return self.steps * self.global_batch_samples
+
+    @property
+    def packed_lengths_vary(self) -> bool:
+        """Micro batches differ in shape from what pipeline stages expect, [seq_length_tokens, micro_batch_samples]: with documents apart
+        they are one packed sequence, padded for context parallelism by what their documents need."""
+        layout = self.parallel
+        return self.documents_apart and layout.pipeline > 1 and (layout.context > 1 or layout.micro_batch_samples > 1)
 
 
 class Merge(Strict):
@@ -227,11 +240,12 @@ class Recipe(Strict):
     """Name of the curriculum."""
     seed: NonNegativeInt
     stages: list[str]
-    """Stages in order; each names a phase, a merge, an sft, a grpo or the export."""
+    """Stages in order; each names a phase, a merge, an sft, a grpo, a gate (ab) or the export."""
     phase: dict[str, Phase]
     merge: dict[str, Merge] = {}
     sft: dict[str, Sft] = {}
     grpo: dict[str, GrpoStage] = {}
+    ab: dict[str, Ab] = {}
     export: dict[str, Export] = {}
     model: Model
     optimizer: Optimizer
@@ -243,22 +257,22 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _stages_resolve(self) -> Recipe:
-        known = [*self.phase, *self.merge, *self.sft, *self.grpo, *self.export]
+        known = [*self.phase, *self.merge, *self.sft, *self.grpo, *self.ab, *self.export]
         for name in known:
             if known.count(name) > 1:
                 raise ValueError(
-                    f"stage '{name}' is defined twice, under two of phase, merge, sft, grpo and export; rename one"
+                    f"stage '{name}' is defined twice, under two of phase, merge, sft, grpo, ab and export; rename one"
                 )
         for stage in self.stages:
             if stage not in known:
                 raise ValueError(
-                    f"stages names '{stage}', which is no phase, merge, sft, grpo or export; known: {', '.join(known)}"
+                    f"stages names '{stage}', which is no phase, merge, sft, grpo, ab or export; known: {', '.join(known)}"
                 )
         if len(set(self.stages)) != len(self.stages):
             raise ValueError("stages names a stage twice; give the second run of a phase its own name")
         return self
 
-    def stage_kind(self, stage: str) -> Literal["phase", "merge", "sft", "grpo", "export"]:
+    def stage_kind(self, stage: str) -> Literal["phase", "merge", "sft", "grpo", "ab", "export"]:
         if stage in self.phase:
             return "phase"
         if stage in self.merge:
@@ -267,14 +281,17 @@ class Recipe(Strict):
             return "sft"
         if stage in self.grpo:
             return "grpo"
+        if stage in self.ab:
+            return "ab"
         if stage in self.export:
             return "export"
         raise RecipeError(f"no stage '{stage}' in this recipe; stages: {', '.join(self.stages)}")
 
     def previous(self, stage: str) -> str | None:
-        """The stage whose hand-off `stage` starts from; None for the first."""
-        index = self.stages.index(stage)
-        return self.stages[index - 1] if index else None
+        """The stage whose hand-off `stage` starts from; None for the first. A gate hands on what it was handed: in front of the first
+        phase nothing."""
+        before = self.stages[: self.stages.index(stage)]
+        return before[-1] if any(s not in self.ab for s in before) else None
 
     def tokens_before(self, stage: str) -> int:
         """Tokens that the phases before `stage` train."""

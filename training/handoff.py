@@ -48,7 +48,7 @@ class Drawn(Strict):
 class Handoff(Strict):
     format: Literal["quarry.handoff/1"] = FORMAT
     stage: str
-    kind: Literal["phase", "merge", "sft", "grpo", "export"]
+    kind: Literal["phase", "merge", "sft", "grpo", "ab", "export"]
     step: int
     """Steps of this stage (for a merge: of its last input)."""
     stage_tokens: int

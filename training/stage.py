@@ -80,6 +80,10 @@ def _run_kind(recipe: Recipe, stage: str, run_dir: Path) -> int:
         from training.rl.stage import run_grpo
 
         return run_grpo(recipe, stage, run_dir)
+    if kind == "ab":
+        from training.ab import run_ab
+
+        return run_ab(recipe, stage, run_dir)
     from training import finish
 
     try:
