@@ -1,6 +1,6 @@
 """Starts jobs on this machine through nemo-run's LocalExecutor: one experiment per attempt of a stage, one `run.Script` in it.
 
-nemo-run 0.11.1 takes about 5 s to import (it imports torch), so `LocalJobs` imports it in a thread while the data is prepared. Its
+nemo-run 0.11.1 takes about 2 s to import, so `LocalJobs` imports it in a thread while the data is prepared. Its
 LocalExecutor runs the next job after a failed one; therefore it only ever sees one job, and the chain (`launchers/chain.py`) decides.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from launchers.errors import LaunchError
+from launchers.nemo_import import import_nemo_run
 from launchers.stage_job import StageJob
 
 WRAPPER_MODULE = "launchers.wrapper"
@@ -47,9 +48,7 @@ class LocalJobs:
 
     def _import(self) -> None:
         try:
-            import nemo_run
-
-            self._module = nemo_run
+            self._module = import_nemo_run()
         except BaseException as error:
             self._error = error
 

@@ -37,9 +37,9 @@ CLUSTER = (
 @pytest.fixture(scope="module")
 def nemo_run(tmp_path_factory: pytest.TempPathFactory) -> object:
     os.environ["NEMORUN_HOME"] = str(tmp_path_factory.mktemp("nemo"))
-    import nemo_run
+    from launchers.nemo_import import import_nemo_run
 
-    return nemo_run
+    return import_nemo_run()
 
 
 def made(nemo_run: object, recipe: Recipe, folder: Path) -> SlurmScripts:
