@@ -1,4 +1,5 @@
-"""Inline SVG charts over the tokens of a curriculum: the same horizontal axis in every chart, phases as bands, colours from the page.
+"""Inline SVG charts: over the tokens of a curriculum, where all share their horizontal axis, or over the steps of one stage. Phases or epochs
+are bands, colours come from the page.
 
 Hand-made instead of matplotlib: a page of charts takes milliseconds while the chain trains, follows light and dark mode through CSS, and
 its curves can be read under the pointer. Every text that comes from a recipe goes through `html.escape`.
@@ -16,6 +17,7 @@ from launchers import text
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1160, 68, 158, 22, 30
 """Pixels; RIGHT holds the names of the lines."""
+STEPS_WIDTH = 600
 MAX_POINTS = 900
 """Per line; more than the pixels of a chart can show."""
 LABEL_HEIGHT = 15
@@ -25,9 +27,10 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Band:
-    """One phase on the horizontal axis."""
+    """One phase on the horizontal axis, or one epoch: then in steps, as all of that chart."""
 
     number: int
+    """0: not written."""
     name: str
     begin_tokens: float
     end_tokens: float
@@ -57,8 +60,12 @@ class Chart:
         *,
         log: bool = False,
         ticks: Sequence[float] = (),
+        over_steps: bool = False,
     ) -> None:
+        """`over_steps`: half as wide, with steps in the place of tokens, and out of reach of the cursor that goes through all charts."""
         self.title, self.height, self.bands = title, height, bands
+        self.width = STEPS_WIDTH if over_steps else WIDTH
+        self.css, self._unit, self._x_words = ("steps", "step", _whole) if over_steps else ("chart", "tokens", text.tokens)
         self.total_tokens = bands[-1].end_tokens if bands else 1.0
         if high <= low:
             low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
@@ -68,7 +75,7 @@ class Chart:
         self._labels: list[tuple[float, str, str]] = []
 
     def x(self, tokens: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * tokens / self.total_tokens
+        return LEFT + (self.width - LEFT - RIGHT) * tokens / self.total_tokens
 
     def y(self, value: float) -> float:
         scale: Callable[[float], float] = math.log if self.log else float
@@ -85,7 +92,7 @@ class Chart:
         if line.dots:
             self._parts += [
                 f'<circle class="dot"{style} cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="3.2">'
-                f"<title>{escape(line.name)}: {text.loss(y)} at {text.tokens(x)} tokens</title></circle>"
+                f"<title>{escape(line.name)}: {text.loss(y)} at {self._x_words(x)} {self._unit}</title></circle>"
                 for x, y in points
             ]
         if line.name:
@@ -120,8 +127,10 @@ class Chart:
         )
 
     def svg(self, tick_format: Callable[[float], str] = text.number) -> str:
-        bottom, right = self.height - BOTTOM, WIDTH - RIGHT
-        parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {self.height}" role="img" aria-label="{escape(self.title)}">']
+        bottom, right = self.height - BOTTOM, self.width - RIGHT
+        parts = [
+            f'<svg class="{self.css}" viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{escape(self.title)}">'
+        ]
         for band in self.bands:
             x, width = self.x(band.begin_tokens), self.x(band.end_tokens) - self.x(band.begin_tokens)
             parts.append(
@@ -136,10 +145,11 @@ class Chart:
                     f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
                     f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(tick_format(value))}</text>'
                 )
-        for value in _linear_ticks(0, self.total_tokens, 8):
-            parts.append(
-                f'<text class="tick" x="{self.x(value):.1f}" y="{bottom + 18}" text-anchor="middle">{text.tokens(value)}</text>'
-            )
+        for value in _linear_ticks(0, self.total_tokens, 8 if self.css == "chart" else 5):
+            if self.css == "chart" or value == int(value):
+                parts.append(
+                    f'<text class="tick" x="{self.x(value):.1f}" y="{bottom + 18}" text-anchor="middle">{self._x_words(value)}</text>'
+                )
         parts += self._parts
         for y, name, color in spread(self._labels, TOP + 6, bottom):
             style = f' style="--c:{color}"' if color else ""
@@ -200,6 +210,10 @@ def spread(labels: Sequence[tuple[float, str, str]], top: float, bottom: float) 
         placed[i] = min(placed[i], limit)
         limit = placed[i] - LABEL_HEIGHT
     return [(y, name, color) for y, (_, name, color) in zip(placed, ordered, strict=True)]
+
+
+def _whole(value: float) -> str:
+    return f"{value:.0f}"
 
 
 def shorten(name: str, limit: int = 22) -> str:

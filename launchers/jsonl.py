@@ -1,8 +1,9 @@
-"""JSON-lines files that another process is still writing: read what is whole, wait for the rest, survive a resume's rewrite."""
+"""JSON and JSON-lines files that another process is still writing: read what is whole, wait for the rest, survive a resume's rewrite."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -71,3 +72,17 @@ def read_rows(path: Path) -> list[Row]:
     lines = JsonLines(path)
     lines.poll()
     return lines.rows
+
+
+def read_json(path: Path) -> Row | None:
+    """The object in a file that is renamed into place; None if it is not there, or holds something else than an object of JSON."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def finite(value: Any) -> float | None:
+    """The value if it is a finite number (a diverged run logs NaN)."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None

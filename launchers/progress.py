@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import statistics
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from launchers.journal import Journal, attempts, last_outcome, seconds_between, stage_rows
-from launchers.jsonl import JsonLines, Row
+from launchers.jsonl import JsonLines, Row, read_json
 from launchers.processes import is_alive
 from launchers.runs import RunFolder
 from launchers.stage_job import DATA
@@ -301,7 +300,7 @@ class RunProgress:
             progress.tokens_per_second = sum(t for t, _ in recent) / seconds if seconds else None
 
     def _read_handoff(self, progress: StageProgress) -> None:
-        value = self._finished.get(progress.stage) or _read_json(self.run.stage(progress.stage) / "handoff.json")
+        value = self._finished.get(progress.stage) or read_json(self.run.stage(progress.stage) / "handoff.json")
         if value is None:
             return
         self._finished[progress.stage] = value
@@ -386,11 +385,3 @@ def _startup(outcome: Row, progress: StageProgress) -> float:
         return 0.0
     first_row = progress.metrics[0].get("seconds") or 0.0 if progress.metrics else 0.0
     return max(0.0, first - first_row)
-
-
-def _read_json(path: Path) -> Row | None:
-    try:
-        value = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None  # hand-offs are renamed into place: what cannot be read is not one of ours, and `quarry launch` says so
-    return value if isinstance(value, dict) else None

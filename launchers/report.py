@@ -102,7 +102,9 @@ def render(progress: RunProgress) -> str:
     """The page as text."""
     from launchers import report_tables as tables
     from launchers.progress import RATE_WINDOW_ROWS
+    from launchers.report_evaluation import evaluations
     from launchers.report_figures import Figures
+    from launchers.report_posttrain import sections
 
     colors = category_colors(progress)
     figures = Figures(progress, colors)
@@ -134,6 +136,8 @@ def render(progress: RunProgress) -> str:
         ),
         _section("Planned and drawn", "grey: planned; beside it: drawn, from the ledger", tables.mixture(progress, colors)),
         _section("Throughput", "tokens per second over all ranks", figures.throughput()),
+        *(_section(*section) for section in sections(progress)),
+        *(_section(*section) for section in evaluations(progress)),
         _section(
             "Stages",
             'time: <span class="swatch t0"></span>start-up <span class="swatch t1" style="margin-left:12px"></span>training '

@@ -8,7 +8,7 @@ from typing import Any
 
 from launchers import charts, text
 from launchers.charts import Band, Chart, Line
-from launchers.jsonl import Row
+from launchers.jsonl import Row, finite
 from launchers.progress import RunProgress
 from recipes.schedules import learning_rate_function
 
@@ -33,11 +33,11 @@ class Figures:
         for number, s in enumerate(self.phases, 1):
             begin, end = end, end + self.recipe.phase[s.stage].tokens
             self.bands.append(Band(number, s.stage, begin, end))
-        self.rows = [[r for r in s.metrics if _number(r.get("total_tokens")) is not None] for s in self.phases]
+        self.rows = [[r for r in s.metrics if finite(r.get("total_tokens")) is not None] for s in self.phases]
 
     def series(self, key: str) -> list[list[tuple[float, float]]]:
         """(total tokens, value) of every logged step, one list per phase."""
-        return [[(r["total_tokens"], r[key]) for r in rows if _number(r.get(key)) is not None] for rows in self.rows]
+        return [[(r["total_tokens"], r[key]) for r in rows if finite(r.get(key)) is not None] for rows in self.rows]
 
     def ribbon(self) -> str:
         done = max((r[-1]["total_tokens"] for r in self.rows if r), default=0)
@@ -57,7 +57,8 @@ class Figures:
 
     def heldout(self) -> str:
         measured = sorted(
-            (row for s in self.progress.stages for row in s.heldout if isinstance(row.get("losses"), dict)),
+            # What post-training costs of it is in a table of its own: it adds no tokens to the axis.
+            (row for s in self.phases for row in s.heldout if isinstance(row.get("losses"), dict)),
             key=lambda row: (row.get("total_tokens", 0), row.get("when") == "start"),
         )
         if sum(row.get("total_tokens", 0) > 0 for row in measured) > 1:
@@ -65,7 +66,7 @@ class Figures:
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in measured:
             for category, nats in row["losses"].items():
-                if _number(nats) is not None:
+                if finite(nats) is not None:
                     lines.setdefault(category, []).append((row["total_tokens"], nats))
         values = [y for points in lines.values() for _, y in points]
         if not values:
@@ -176,13 +177,8 @@ class Figures:
         }
 
 
-def _number(value: Any) -> float | None:
-    """The value if it is a finite number (a diverged run logs NaN)."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
-
-
 def _rounded(row: Row, key: str) -> float | None:
-    value = _number(row.get(key))
+    value = finite(row.get(key))
     return None if value is None else float(f"{value:.6g}")
 
 

@@ -10,6 +10,7 @@ from launchers import text
 from launchers.journal import seconds_between
 from launchers.jsonl import Row
 from launchers.progress import RunProgress, StageProgress
+from launchers.view import learned
 from recipes.schedules import first_peak_last
 from recipes.schema import Parallel, Recipe
 
@@ -24,7 +25,7 @@ STAGE_COLUMNS = (
     ("batch × length", ""),
     ("RoPE base", ""),
     ("learning rate", ""),
-    ("final loss", ""),
+    ("loss or reward", ""),
     ("tokens/s", ""),
     ("tokens/s/{processor}", ""),
     ("MFU", ""),
@@ -90,11 +91,10 @@ def _stage_row(recipe: Recipe, s: StageProgress, number: int | None, longest: fl
             " → ".join(f"{r:.3g}" for r in rates),
         ]
     elif s.kind in ("sft", "grpo"):
-        training = recipe.sft[s.stage] if s.kind == "sft" else recipe.grpo[s.stage]
-        cells += [escape(layout(training.parallel)), text.tokens(s.stage_tokens), str(s.step), "", "", ""]
+        cells += _post_training(recipe, s)
     if s.gpus:
         cells += [
-            text.loss(s.loss),
+            escape(learned(s)) or "-",
             text.tokens(s.tokens_per_second),
             text.tokens(s.tokens_per_second_per_gpu),
             text.percent(s.model_flops_utilisation),
@@ -108,6 +108,35 @@ def _stage_row(recipe: Recipe, s: StageProgress, number: int | None, longest: fl
     cells += [memory, text.duration(s.wall_seconds) if s.wall_seconds else "", _time_bar(s, longest)]
     columns = zip(cells, STAGE_COLUMNS, strict=True)
     return "<tr>" + "".join(f'<td class="{css}">{cell}</td>' for cell, (_, css) in columns) + "</tr>"
+
+
+def _post_training(recipe: Recipe, s: StageProgress) -> list[str]:
+    """Layout, tokens, steps, batch x length, RoPE base and learning rate of fine-tuning or reinforcement learning."""
+    base = s.handoff.get("rope_base") if s.handoff else None
+    if s.kind == "sft":
+        sft = recipe.sft[s.stage]
+        batch, rates, parallel = (
+            f"{sft.global_batch_sequences} × {text.length(sft.seq_length_tokens)}",
+            (sft.peak_lr, sft.end_lr),
+            sft.parallel,
+        )
+        base = sft.rope_base or base
+    else:
+        grpo = recipe.grpo[s.stage]
+        batch, rates, parallel = (
+            f"{grpo.samples_per_step} × {text.length(grpo.seq_length_tokens)}",
+            (grpo.learning_rate,),
+            grpo.parallel,
+        )
+        base = grpo.rope_base or base
+    return [
+        escape(layout(parallel)),
+        text.tokens(s.stage_tokens),
+        f"{s.step}/{s.steps or '?'}" if s.state != "finished" else str(s.step),
+        batch,
+        text.tokens(base) if base else "",
+        " → ".join(f"{rate:.3g}" for rate in rates),
+    ]
 
 
 def _mark(s: StageProgress) -> str:

@@ -38,7 +38,7 @@ def stage_table(progress: RunProgress) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for name, justify in (
         ("stage", "left"), ("state", "left"), ("tries", "right"), ("step", "right"), ("tokens", "right"),
-        ("loss", "right"), ("tokens/s", "right"), (f"per {progress.processor}", "right"), ("MFU", "right"),
+        ("loss or reward", "right"), ("tokens/s", "right"), (f"per {progress.processor}", "right"), ("MFU", "right"),
         ("time", "right"), ("left", "right"),
     ):  # fmt: skip
         table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
@@ -49,13 +49,20 @@ def stage_table(progress: RunProgress) -> Table:
             str(s.attempts) if s.attempts > 1 else "",
             f"{s.step}/{s.steps}" if s.steps else "",
             text.tokens(s.stage_tokens) if s.stage_tokens else "",
-            text.loss(s.loss) if s.loss is not None else "",
+            learned(s),
             *speed(s),
             text.duration(s.wall_seconds) if s.wall_seconds else "",
             text.duration(s.eta_seconds) if s.eta_seconds is not None else "",
             style="dim" if s.state == "waiting" else None,
         )
     return table
+
+
+def learned(s: StageProgress) -> str:
+    """Training loss in nats per token; of reinforcement learning, whose loss means nothing by itself, the mean reward."""
+    if s.kind == "grpo":
+        return "" if s.reward is None else f"reward {s.reward:.3f}"
+    return "" if s.loss is None else text.loss(s.loss)
 
 
 def speed(s: StageProgress) -> tuple[str, str, str]:
@@ -73,6 +80,8 @@ def overview(progress: RunProgress) -> Group:
     line = f"{progress.state}: {text.tokens(trained)} of {text.tokens(planned)} tokens, {text.duration(progress.wall_seconds)} in stages"
     if eta and progress.state != "finished":
         line += f", about {text.duration(eta)} left"
+        if progress.not_estimated:
+            line += f" without {', '.join(progress.not_estimated)} (not known yet)"
     notes = [
         Text(f"{s.stage}: {s.reason}", style=STYLES[s.state]) for s in progress.stages if s.reason and s.state != "finished"
     ]
@@ -137,6 +146,6 @@ def plain_line(s: StageProgress) -> str:
     if not s.step:
         return f"[{s.stage}] starting" if s.steps else f"[{s.stage}] working"
     return (
-        f"[{s.stage}] step {s.step}/{s.steps}  loss {text.loss(s.loss)}  {text.rate(s.tokens_per_second)}"
+        f"[{s.stage}] step {s.step}/{s.steps}  {'' if s.kind == 'grpo' else 'loss '}{learned(s)}  {text.rate(s.tokens_per_second)}"
         f"  {text.duration(s.eta_seconds)} left"
     )

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from typing import Any
 
 import pytest
 
 from launchers import cli
+from launchers.journal import Journal
+from launchers.processes import started_at
 from launchers.progress import RunProgress
 from launchers.runs import RunFolder
+from launchers.view import plain_line
+from tests.launchers.posttrain_run import make_run
 
 
 @pytest.fixture
@@ -59,8 +64,8 @@ def test_utilisation_and_time_left_on_gpus_are_the_plans_flops(run: RunFolder) -
     # By hand: 6 FLOPs per token and weight that is multiplied, 12 per layer, position and channel of attention, of which causality halves.
     model, length = progress.recipe.model, progress.recipe.phase["a"].seq_length_tokens
     heads, groups = model.num_attention_heads * model.head_dim, model.num_query_groups * model.head_dim
-    layer = 2 * model.hidden_size * (heads + groups) + 3 * model.hidden_size * model.ffn_hidden_size + 2 * model.hidden_size
-    weights = model.num_layers * layer + model.vocab_size * model.hidden_size + model.hidden_size
+    layer = 2 * model.hidden_size * (heads + groups) + 3 * model.hidden_size * model.ffn_hidden_size
+    weights = model.num_layers * layer + model.vocab_size * model.hidden_size
 
     def flops(positions: int) -> float:
         return 6 * weights + 12 * model.num_layers * heads * positions / 2
@@ -70,3 +75,41 @@ def test_utilisation_and_time_left_on_gpus_are_the_plans_flops(run: RunFolder) -
     rate = 64.0 * 2 * flops(length) / flops(4 * length)
     assert b.eta_seconds == pytest.approx(progress.recipe.phase["b"].tokens / rate, abs=0.01)
     assert progress.eta_seconds == pytest.approx(sum(s.eta_seconds or 0.0 for s in progress.stages))
+
+
+def test_fine_tuning_and_reinforcement_learning(harness: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(harness)
+    journal = Journal(run.journal)
+    journal.append("intent", stage="rl", attempt=1)
+    journal.append(
+        "started", stage="rl", attempt=1, pid=os.getpid(), process_started=started_at(os.getpid()), host=os.uname().nodename
+    )
+    progress = RunProgress(run)
+    _, sft, rl, again, export = progress.refresh()
+    assert (sft.state, sft.step, sft.steps, sft.loss) == ("finished", 5, 5, 2.25)
+    assert sft.answers == ({"chat": 5.25}, {"chat": 1.75})
+    assert (rl.step, rl.steps, rl.reward, rl.training_seconds) == (4, 8, 0.4, 8.0)
+    assert rl.eta_seconds == pytest.approx(4 * 2.0)
+    # Twice the samples a step, of the same length.
+    assert again.eta_seconds == pytest.approx(4 * 2.0 * 2 + (export.eta_seconds or 0))
+    assert progress.eta_seconds == pytest.approx(sum(s.eta_seconds or 0.0 for s in progress.stages))
+    assert progress.not_estimated == []
+    assert cli.main(["status", str(run.path)]) == 0
+    printed = capsys.readouterr().out
+    assert "reward 0.400" in printed
+    assert "2.2500" in printed
+    assert plain_line(rl).startswith("[rl] step 4/8  reward 0.400  ")
+
+
+def test_what_nothing_tells_the_time_of_is_not_estimated(harness: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(harness, steps=0)
+    (run.stage("sft") / "handoff.json").unlink()
+    (run.stage("sft") / "metrics.jsonl").unlink()
+    progress = RunProgress(run)
+    _, sft, rl, *_ = progress.refresh()
+    assert rl.eta_seconds is None
+    # At the speed of the phase: 5 steps of 2 sequences of 16 places, 64 a second, behind what a stage costs beside its steps.
+    assert sft.eta_seconds == pytest.approx(160 / 64.0 + 10.0 - 2.0)
+    assert progress.not_estimated == ["rl", "rl_again"]
+    cli.main(["status", str(run.path)])
+    assert "left without rl, rl_again (not known yet)" in capsys.readouterr().out
