@@ -181,10 +181,19 @@ def in_flight_chunks(parallel: Parallel, pipeline_rank: int, micro_batches: int 
 
 
 def state_bytes(
-    model: Model, parallel: Parallel, precision: Precision, pipeline_rank: int, *, transformer_engine: bool = True
+    model: Model,
+    parallel: Parallel,
+    precision: Precision,
+    pipeline_rank: int,
+    *,
+    data_rank: int | None = None,
+    transformer_engine: bool = True,
 ) -> tuple[int, int, int]:
-    """Bytes of parameters, gradients and optimizer state of the fullest data-parallel rank."""
-    data_parallel = parallel.gpus // (parallel.tensor * parallel.pipeline)  # context-parallel ranks share in the optimizer
+    """Bytes of parameters, gradients and optimizer state of data-parallel rank `data_rank`, or (None) of the one that owns most.
+
+    Context-parallel ranks share in the optimizer: data-parallel ranks here are data x context. `transformer_engine`: see chunk_weights.
+    """
+    data_parallel = parallel.gpus // (parallel.tensor * parallel.pipeline)
     overlapped = max(BUCKET_PARAMETERS, 1_000_000 * data_parallel) if parallel.overlap_grad_reduce else None
     parameters = gradients = 0
     every: list[Bucket] = []
@@ -199,8 +208,11 @@ def state_bytes(
                 parameters += elements * (1 if fp8 else PARAMETER_BYTES[precision.dtype])
                 gradients += elements * GRADIENT_BYTES
                 every += made
-    optimizer = most_owned_elements(every, data_parallel) * OPTIMIZER_BYTES[precision.dtype]
-    return parameters, gradients, optimizer
+    if data_rank is None:
+        owned = most_owned_elements(every, data_parallel)
+    else:
+        owned = owned_elements(every, data_parallel, data_rank)
+    return parameters, gradients, owned * OPTIMIZER_BYTES[precision.dtype]
 
 
 def fp8_weights_bytes(model: Model, parallel: Parallel, precision: Precision, pipeline_rank: int) -> int:
