@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.utils import get_pg_rank
 
+from model import attention_a2a
 from model.attention import SDPAttention
 from model.errors import ModelError
 
@@ -82,7 +83,7 @@ def block_spec(
     if config.transformer_impl == "transformer_engine":
         layer, norm = _transformer_engine_layer(config)
     elif config.transformer_impl == "local":
-        layer, norm = _local_layer(), RMSNorm
+        layer, norm = _local_layer(config), RMSNorm
     else:
         raise ModelError(f"transformer_impl is {config.transformer_impl!r}; use 'transformer_engine' or 'local'")
     layer.self_attn_bda = layer.mlp_bda = scaled_bias_dropout_add(residual_multiplier)
@@ -106,9 +107,10 @@ def _transformer_engine_layer(config: TransformerConfig) -> tuple[TransformerLay
     return get_gpt_layer_with_transformer_engine_submodules(use_te_activation_func=config.use_te_activation_func), TENorm
 
 
-def _local_layer() -> TransformerLayerSubmodules:
+def _local_layer(config: TransformerConfig) -> TransformerLayerSubmodules:
     layer = get_gpt_layer_local_submodules(normalization="RMSNorm")
     # Megatron's torch norm refuses sequence parallelism, its attention context parallelism.
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    layer.self_attention.submodules.core_attention = SDPAttention
+    exchanges_heads = config.context_parallel_size > 1 and config.cp_comm_type in attention_a2a.KINDS
+    layer.self_attention.submodules.core_attention = attention_a2a.AllToAllAttention if exchanges_heads else SDPAttention
     return layer

@@ -84,6 +84,9 @@ def grpo_rules(recipe: Recipe, stage: str) -> Iterator[Problem]:
         yield Problem(
             f"{key}.parallel.overlap_param_gather", True, "rollouts would read weights before they are gathered", "false"
         )
+    if layout.loss_chunk_tokens is not None:
+        rule = "the loss is computed from the logits of the responses, temperature and entropy included, not in chunks"
+        yield Problem(f"{key}.parallel.loss_chunk_tokens", layout.loss_chunk_tokens, rule, "null")
     if grpo.precision.fp8_param_gather:
         yield Problem(
             f"{key}.precision.fp8_param_gather", True, "the reference's weights are swapped in as they are saved", "false"

@@ -32,8 +32,10 @@ class Parallel(Strict):
     recompute_num_layers of each pipeline stage (or chunk), each by itself. None: uniform."""
     recompute_num_layers: PositiveInt | None = None
     """With `full`: layers per chunk (uniform) or recomputed layers (block); None: 1."""
-    recompute_modules: list[Literal["core_attn", "layernorm", "mlp"]] | None = None
-    """With `selective`: the parts of every layer that are computed again. None: core_attn, which fused attention does by itself."""
+    recompute_modules: list[Literal["core_attn", "mlp"]] | None = None
+    """With `selective`: the parts of every layer that are computed again. None: core_attn, whose scores fused attention computes again
+    in any case; mlp is what saves memory then. (Megatron's `layernorm` does nothing where Transformer Engine has the norms in its
+    products.)"""
     offload_layers: PositiveInt | None = None
     """Layers whose activations wait for the backward pass in the host's memory (Transformer Engine); None: none."""
     loss_chunk_tokens: PositiveInt | None = None

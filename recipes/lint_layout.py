@@ -125,11 +125,13 @@ def phase_layout_rules(recipe: Recipe, stage: str, phase: Phase) -> Iterator[Pro
     if layout.overlap_param_gather and not layout.overlap_grad_reduce:
         rule = "Megatron overlaps the parameter gather only together with the gradient reduction"
         yield Problem(f"{key}.overlap_param_gather", True, rule, f"set {key}.overlap_grad_reduce=true")
-    if layout.recompute_num_layers is not None and layout.recompute != "full":
-        rule = f"recompute {layout.recompute} does not use it"
-        yield Problem(
-            f"{key}.recompute_num_layers", layout.recompute_num_layers, rule, f"set it to null, or {key}.recompute=full"
-        )
+    yield from _context(model, key, layout)
+    yield from _recompute(model, key, layout)
+    yield from _offload(recipe, key, layout)
+    tokens = phase.seq_length_tokens * layout.micro_batch_samples // layout.context
+    if layout.loss_chunk_tokens is not None and layout.loss_chunk_tokens >= tokens:
+        rule = f"a micro batch has only {tokens} tokens per rank: all of their logits would exist at once"
+        yield Problem(f"{key}.loss_chunk_tokens", layout.loss_chunk_tokens, rule, f"null, or e.g. {max(1, tokens // 4)}")
     yield from _precision(recipe, stage, phase)
 
 
@@ -184,6 +186,94 @@ def _length(key: str, length: int, layout: Parallel, stage: str) -> Iterator[Pro
     if broken := [why for why, unit in units.items() if length % unit]:
         rule = f"must be a multiple of {' and of '.join(broken)} in the layout of {stage}"
         yield Problem(key, length, rule, f"e.g. {_nearest_multiple(length, math.lcm(*units.values()))}")
+
+
+def _context(model: Model, key: str, layout: Parallel) -> Iterator[Problem]:
+    """Sources: Transformer Engine 2.17, attention/dot_product_attention/context_parallel.py; Megatron's validate_args."""
+    kind, hierarchy = layout.context_communication, layout.context_hierarchy
+    if layout.context == 1 and kind != "p2p":
+        rule = "one context-parallel rank has nobody to exchange with"
+        yield Problem(f"{key}.context_communication", kind, rule, f"p2p, which is the default, or {key}.context=2")
+        return
+    if kind != "a2a+p2p":
+        if hierarchy is not None:
+            rule = f"{kind} knows one level of ranks"
+            yield Problem(f"{key}.context_hierarchy", hierarchy, rule, f"null, or {key}.context_communication=a2a+p2p")
+        exchanging = layout.context if kind == "a2a" else 1
+    else:
+        two_levels = hierarchy is not None and len(hierarchy) == 2 and min(hierarchy) > 1
+        if not two_levels or math.prod(hierarchy) != layout.context:
+            fits = [[a, layout.context // a] for a in range(2, layout.context) if layout.context % a == 0]
+            rule = f"a2a+p2p needs two sizes above 1 whose product is context {layout.context}, those of a2a and of the ring"
+            remedy = f"e.g. [{fits[0][0]},{fits[0][1]}]" if fits else f"{key}.context_communication=p2p"
+            yield Problem(f"{key}.context_hierarchy", hierarchy, rule, remedy)
+            return
+        exchanging = hierarchy[0]
+    heads, groups = model.num_attention_heads // layout.tensor, model.num_query_groups // layout.tensor
+    if min(heads, groups) and (heads % exchanging or groups % exchanging):
+        where = f"{key}.context" if kind == "a2a" else f"{key}.context_hierarchy"
+        rule = (
+            f"{kind} deals out the {heads} heads and {groups} key/value heads of a tensor-parallel rank to {exchanging} ranks"
+        )
+        fits = [n for n in range(2, exchanging) if math.gcd(heads, groups) % n == 0 and layout.context % n == 0]
+        hierarchies = [f"[{n},{layout.context // n}]" for n in fits if n < layout.context]
+        if kind == "a2a":
+            remedy = f"{key}.context_communication=p2p" + (
+                f", or a2a+p2p with context_hierarchy={hierarchies[-1]}" if hierarchies else ""
+            )
+            yield Problem(where, layout.context, rule, remedy)
+        else:
+            remedy = f"e.g. {hierarchies[-1]}" if hierarchies else f"{key}.context_communication=p2p"
+            yield Problem(where, hierarchy, rule, remedy)
+
+
+def packed_rules(recipe: Recipe, key: str, layout: Parallel) -> Iterator[Problem]:
+    """Where micro batches are packed sequences: fine-tuning, and phases whose documents stay apart.
+
+    Source: Transformer Engine 2.17, which refuses its thd format there at the first step. On CPU all kinds take it."""
+    if layout.context > 1 and recipe.cluster.gpu != "cpu" and layout.context_communication in ("all_gather", "a2a+p2p"):
+        rule = "Transformer Engine 2.17 takes packed samples with p2p or a2a only"
+        yield Problem(f"{key}.context_communication", layout.context_communication, rule, "p2p")
+
+
+def _recompute(model: Model, key: str, layout: Parallel) -> Iterator[Problem]:
+    for name, mode in (("recompute_num_layers", "full"), ("recompute_method", "full"), ("recompute_modules", "selective")):
+        value = getattr(layout, name)
+        if value is not None and layout.recompute != mode:
+            rule = f"recompute {layout.recompute} does not use it"
+            yield Problem(f"{key}.{name}", value, rule, f"set it to null, or {key}.recompute={mode}")
+    if layout.recompute_modules is not None and len(set(layout.recompute_modules)) != max(1, len(layout.recompute_modules)):
+        rule = "must name at least one part of a layer, each once"
+        yield Problem(f"{key}.recompute_modules", layout.recompute_modules, rule, "e.g. [mlp]")
+    per_chunk = model.num_layers // (layout.pipeline * (layout.virtual_pipeline or 1))
+    if (
+        layout.recompute == "full"
+        and layout.recompute_num_layers is not None
+        and layout.recompute_num_layers > max(1, per_chunk)
+    ):
+        rule = f"a pipeline stage (or chunk) has only {per_chunk} layers"
+        yield Problem(f"{key}.recompute_num_layers", layout.recompute_num_layers, rule, f"at most {per_chunk}")
+
+
+def _offload(recipe: Recipe, key: str, layout: Parallel) -> Iterator[Problem]:
+    """Sources: Megatron's TransformerConfig, which refuses the first three when the job starts."""
+    value = layout.offload_layers
+    if value is None:
+        return
+    where = f"{key}.offload_layers"
+    if layout.recompute != "none":
+        rule = f"recompute {layout.recompute} keeps nothing that could be offloaded: Megatron does one or the other"
+        yield Problem(where, value, rule, f"null, or {key}.recompute=none")
+    if layout.pipeline > 1:
+        rule = f"Megatron offloads without pipeline parallelism only, pipeline is {layout.pipeline}"
+        yield Problem(where, value, rule, f"null, or {key}.pipeline=1")
+    if value >= recipe.model.num_layers:
+        rule = f"at least one of the {recipe.model.num_layers} layers must stay on the GPU"
+        yield Problem(where, value, rule, f"at most {recipe.model.num_layers - 1}")
+    if recipe.cluster.gpu == "cpu":
+        yield Problem(
+            where, value, "Transformer Engine offloads from GPUs, and ranks run on CPU here (cluster.gpu=cpu)", "null"
+        )
 
 
 def _batch(recipe: Recipe, stage: str, phase: Phase) -> Iterator[Problem]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from recipes.lint_layout import phase_layout_rules
+from recipes.lint_layout import packed_rules, phase_layout_rules
 from recipes.problem import Problem
 from recipes.schedules import previous_phase
 from recipes.schema import Mixture, Phase, Recipe, RecipeError, Schedule
@@ -106,6 +106,7 @@ def sft_rules(recipe: Recipe, stage: str) -> Iterator[Problem]:
         rule = f"is no multiple of what a sample takes up, {sft.multiple_tokens} tokens (pack_multiple_tokens)"
         near = -(-sft.seq_length_tokens // sft.multiple_tokens) * sft.multiple_tokens
         yield Problem(f"{key}.seq_length_tokens", sft.seq_length_tokens, rule, f"e.g. {near}")
+    yield from packed_rules(recipe, f"{key}.parallel", sft.parallel)
     before = previous_phase(recipe, stage)
     if sft.rope_base is not None:
         if sft.rope_base != int(sft.rope_base):

@@ -8,6 +8,7 @@ Writes what the jobs ask for: logits, gradients, checkpoints.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import logging
 import os
@@ -62,7 +63,14 @@ class Job:
     decode_from: int | None = None
     """Logits again, with a key/value cache: this many tokens at once, three together, then one by one."""
     gradients: bool = False
+    """Gradients, and the mean loss."""
     recompute: bool = False
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Further fields of TransformerConfig."""
+    context_hierarchy: list[int] | None = None
+    loss_chunk_tokens: int | None = None
+    check: str | None = None
+    """MODULE:FUNCTION that is called with the folder instead of all this, on every rank."""
 
 
 def forward_step(iterator: Any, model: Any) -> tuple[torch.Tensor, Any]:
@@ -99,9 +107,15 @@ def run(job: Job, folder: Path) -> None:
         pipeline_model_parallel_size=job.pipeline,
         virtual_pipeline_model_parallel_size=job.virtual_pipeline,
         context_parallel_size=job.context,
+        hierarchical_context_parallel_sizes=job.context_hierarchy,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(job.seed)
     torch.manual_seed(job.seed)
+    if job.check:
+        module, function = job.check.split(":")
+        getattr(importlib.import_module(module), function)(folder)
+        dist.destroy_process_group()
+        return
     ids = torch.load(folder / "ids.pt", weights_only=True)
     model = Model.model_validate(job.model)
     dtype = getattr(torch, job.dtype)
@@ -110,7 +124,7 @@ def run(job: Job, folder: Path) -> None:
     )
     transformer = config.transformer_config(
         model, tensor=job.tensor, pipeline=job.pipeline, virtual_pipeline=job.virtual_pipeline, context=job.context,
-        sequence_parallel=job.sequence_parallel, dtype=dtype, **recompute)  # fmt: skip
+        sequence_parallel=job.sequence_parallel, dtype=dtype, **recompute, **job.options)  # fmt: skip
     transformer.finalize_model_grads_func = finalize_model_grads
     transformer.batch_p2p_comm = False
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -119,6 +133,7 @@ def run(job: Job, folder: Path) -> None:
         stage = {"vp_stage": vp_stage if job.virtual_pipeline else None}
         built = builder.build(
             transformer, model, rope_base=10000.0, max_sequence_length=ids.size(1), pg_collection=groups, vp_stage=stage["vp_stage"],
+            loss_chunk_tokens=job.loss_chunk_tokens,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, **stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, **stage))  # fmt: skip
         built.model_type = "encoder_or_decoder"
@@ -195,7 +210,11 @@ def run(job: Job, folder: Path) -> None:
     if job.gradients:
         for c in ddp:
             c.zero_grad_buffer()
-        forward_backward(forward_step_func=forward_step, data_iterator=iterators(ids), model=ddp, forward_only=False, **common)
+        reports = forward_backward(
+            forward_step_func=forward_step, data_iterator=iterators(ids), model=ddp, forward_only=False, **common
+        )
+        if parallel_state.is_pipeline_last_stage():
+            torch.save(reports[0]["loss"], folder / f"{job.name}.loss.{rank}.pt")
         for number, c in enumerate(ddp):
             torch.save(
                 {n: p.main_grad.clone() for n, p in c.module.named_parameters()},
