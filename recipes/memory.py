@@ -46,14 +46,14 @@ class RankMemory:
     logits_bytes: int
     """Logits, their fp32 copy and gradient at their peak; 0 but on the last pipeline stage."""
     workspace_bytes: int
-    """One layer's backward pass, with what it recomputes."""
+    """One layer's backward pass with what it computes again, or its attention across ranks, whichever is larger."""
     communication_bytes: int
     allowance_bytes: int
     """Fragmentation."""
 
     @property
     def total_bytes(self) -> int:
-        """Logits and a layer's backward pass are never there together: the larger of the two counts."""
+        """Logits and a layer's workspace are never there together: the larger of the two counts."""
         lasting = self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes + self.fp8_weights_bytes
         passing = self.activations_bytes + max(self.logits_bytes, self.workspace_bytes)
         return lasting + passing + self.communication_bytes + self.allowance_bytes
@@ -227,6 +227,18 @@ def fp8_weights_bytes(model: Model, parallel: Parallel, precision: Precision, pi
     return sum(in_fp8[i] for i in layers) * matrices * (1 if precision.fp8_param_gather else 2)
 
 
+def communication_bytes(model: Model, parallel: Parallel, precision: Precision, tokens: int, pipeline_rank: int) -> int:
+    """Buffers of communication: NCCL's (NCCL_BYTES), what pipeline stages send and receive in both directions, and the input of the output
+    layer gathered over sequence parallelism, a buffer that Megatron never frees."""
+    one = activations.layer_input_bytes(model, parallel, precision, tokens)
+    total = NCCL_BYTES if parallel.gpus > 1 else 0
+    if parallel.pipeline > 1:
+        total += 4 * one
+    if parallel.sequence_parallel and pipeline_rank == parallel.pipeline - 1 and not parallel.loss_chunk_tokens:
+        total += one * parallel.tensor
+    return total
+
+
 def stage_memory(
     model: Model,
     parallel: Parallel,
@@ -240,27 +252,23 @@ def stage_memory(
     """Memory of the ranks of one pipeline stage; arguments as of rank_memory."""
     parameters, gradients, optimizer_bytes = state_bytes(model, parallel, precision, pipeline_rank)
     tokens = activations.rank_tokens(parallel, seq_length_tokens, micro_batch_samples)
+    parallel = parallel.model_copy(update={"micro_batch_samples": micro_batch_samples})
     in_fp8 = fp8_layers(model, precision)
-    chunks = parallel.virtual_pipeline or 1
-    saved, recomputed = [], []
-    for chunk in range(chunks):
+    saved, again = [], []
+    for chunk in range(parallel.virtual_pipeline or 1):
         layers = [in_fp8[i] for i in chunk_layers(model, parallel, pipeline_rank, chunk)]
-        kept, again = activations.chunk_bytes(model, parallel, precision, tokens, layers)
+        kept, recomputed = activations.chunk_bytes(model, parallel, precision, tokens, layers)
         saved.append(kept)
-        recomputed.append(again)
-    in_flight = in_flight_chunks(parallel, pipeline_rank, micro_batches)
-    activation = in_flight * max(saved)
-    last = pipeline_rank == parallel.pipeline - 1
-    logits = activations.logits_bytes(model, parallel, precision, tokens) if last else 0
-    if last:  # input of the final norm and of the output layer
-        activation += 2 * activations.layer_input_bytes(model, parallel, precision, tokens)
-    workspace = max(recomputed) + activations.backward_bytes(model, parallel, precision, tokens)
-    communication = NCCL_BYTES
-    if parallel.pipeline > 1:  # one tensor received and one sent, in each direction
-        communication += 4 * activations.layer_input_bytes(model, parallel, precision, tokens)
-    if parallel.context > 1:  # keys and values of two ring steps, and their gradients in fp32
-        heads = max(1, model.num_query_groups // parallel.tensor)
-        communication += (2 * 2 + 2 * 4) * 2 * tokens * heads * model.head_dim // 2
+        again.append(recomputed)
+    activation = in_flight_chunks(parallel, pipeline_rank, micro_batches) * max(saved)
+    activation += activations.sequence_bytes(model, parallel, seq_length_tokens, micro_batch_samples)
+    logits = 0
+    if pipeline_rank == parallel.pipeline - 1:
+        activation += activations.head_bytes(model, parallel, precision, tokens)
+        logits = activations.logits_bytes(model, parallel, precision, tokens)
+        logits += activations.chunked_loss_bytes(model, parallel, precision, tokens)
+    backward = max(again) + activations.backward_bytes(model, parallel, precision, tokens)
+    workspace = max(backward, activations.attention_bytes(model, parallel, precision, tokens))
     return RankMemory(
         pipeline_rank=pipeline_rank,
         parameters_bytes=parameters,
@@ -270,7 +278,7 @@ def stage_memory(
         activations_bytes=activation,
         logits_bytes=logits,
         workspace_bytes=workspace,
-        communication_bytes=communication,
+        communication_bytes=communication_bytes(model, parallel, precision, tokens, pipeline_rank),
         allowance_bytes=int(FRAGMENTATION_SHARE * (activation + max(logits, workspace))),
     )
 
