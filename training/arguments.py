@@ -41,7 +41,7 @@ def compile_phase(recipe: Recipe, stage: str, run_dir: Path, load: Load | None =
     Raises RecipeError if `stage` is no phase, or holds a value that Megatron has no way to take.
     """
     if recipe.stage_kind(stage) != "phase":
-        raise RecipeError(f"stage '{stage}' is a {recipe.stage_kind(stage)}: only a phase has Megatron arguments")
+        raise RecipeError(f"stage '{stage}' is a {recipe.stage_kind(stage)}: it has no Megatron arguments of its own")
     phase = recipe.phase[stage]
     stage_dir = run_dir / "stages" / stage
     on_cpu = recipe.cluster.gpu == "cpu"
@@ -266,9 +266,34 @@ def add_granite_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     return parser
 
 
+def compile_stage(recipe: Recipe, stage: str, run_dir: Path) -> tuple[list[str], str | None]:
+    """Megatron's arguments of any stage that trains, as it would begin without a checkpoint, and what they lack, if they do.
+
+    Raises RecipeError for a stage that trains nothing.
+    """
+    kind = recipe.stage_kind(stage)
+    if kind == "sft":
+        from data_prep.manifest import DataError
+        from data_prep.sft_manifest import SftManifest, manifest_path
+        from training.sft import compile_sft
+
+        try:
+            manifest = SftManifest.read(manifest_path(Path(recipe.data.root), stage))
+        except DataError as error:
+            lacks = f"--train-samples is that of one step, not of {recipe.sft[stage].epochs} epochs, which follow from the data: {error}"
+            return compile_sft(recipe, stage, run_dir, sequences=1), lacks
+        return compile_sft(recipe, stage, run_dir, manifest.training.sequences), None
+    if kind == "grpo":
+        from training.rl.stage import job_of
+
+        job = job_of(recipe, stage, tokenizer="", prompts=[], initial=None)  # none of them is an argument
+        return job.compile(run_dir / "stages" / stage, None), None
+    return compile_phase(recipe, stage, run_dir), None
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m training.arguments", description="Print the Megatron arguments of one phase."
+        prog="python -m training.arguments", description="Print the Megatron arguments of one stage that trains."
     )
     parser.add_argument("--recipe", type=Path, required=True, help="resolved recipe (recipe.json)")
     parser.add_argument("--stage", required=True)
@@ -276,7 +301,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         recipe = Recipe.read(options.recipe)
-        arguments = compile_phase(recipe, options.stage, options.run_dir or options.recipe.parent)
+        arguments, lacks = compile_stage(recipe, options.stage, options.run_dir or options.recipe.parent)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 78
@@ -287,6 +312,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             lines[-1] += f" {word}"
     print("\n".join(lines))
+    if lacks is not None:
+        print(f"note: {lacks}", file=sys.stderr)
     return 0
 
 

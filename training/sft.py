@@ -98,6 +98,14 @@ def run_sft(recipe: Recipe, stage: str, run_dir: Path) -> int:
     return FINISHED if (stage_dir / "handoff.json").exists() else REQUEUE
 
 
+def compile_sft(recipe: Recipe, stage: str, run_dir: Path, sequences: int, load: Load | None = None) -> list[str]:
+    """Megatron's arguments of the SFT stage, whose data are `sequences` packed sequences per epoch."""
+    arguments = [*compile_phase(as_phase(recipe, stage, sequences), stage, run_dir, load), *EXTRA_ARGUMENTS]
+    if load is not None and not load.resume and not recipe.sft[stage].keep_moments:
+        arguments.append("--finetune")  # weights only
+    return arguments
+
+
 def _data_digest(recipe: Recipe, stage: str, manifest: SftManifest) -> str:
     """Of the data and of what decides their order and weight."""
     sft = recipe.sft[stage]
@@ -166,9 +174,7 @@ def _train(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, trainin
     previous = Handoff.read(run_dir / "stages" / previous_stage) if previous_stage else None
 
     token_ids.install(manifest.tokenizer.eod_id)
-    arguments = [*compile_phase(seen, stage, run_dir, load), *EXTRA_ARGUMENTS]
-    if load is not None and not load.resume and not sft.keep_moments:
-        arguments.append("--finetune")  # weights only
+    arguments = compile_sft(recipe, stage, run_dir, manifest.training.sequences, load)
     sys.argv = ["sft", *arguments]
     args = parse_and_validate_args(add_granite_arguments)
     if args.rank == 0:

@@ -132,7 +132,7 @@ class Job(Strict):
             *pretraining._optimizer(self.optimizer),
             *pretraining._values(train_samples=samples, eval_iters=0, eval_interval=phase.steps + 1, seed=self.seed),
             *pretraining._checkpoints(phase, stage_dir, load),
-            *(pretraining._cpu() if self.gpu == "cpu" else pretraining._gpu(phase)),
+            *(pretraining._cpu() if self.gpu == "cpu" else pretraining._gpu()),
         ]
         if load is not None and not load.resume:
             # Weights only: Adam's moments belong to another objective.

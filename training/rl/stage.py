@@ -41,7 +41,20 @@ def make_job(recipe: Recipe, stage: str, run_dir: Path) -> tuple[Job, Handoff]:
     if previous.checkpoint is None:
         raise Refused(f"stage '{before}' is an export and leaves no checkpoint; put it after all stages")
     checkpoint = run_dir / "stages" / before / previous.checkpoint
-    job = Job(
+    job = job_of(
+        recipe,
+        stage,
+        tokenizer=str((Path(recipe.data.root) / previous.tokenizer["path"]).resolve()),
+        prompts=[str(path) for path in prompt_paths(own, stage, Path(recipe.data.root))],
+        initial=Initial(checkpoints=str(checkpoint.parent), step=int(checkpoint.name.removeprefix("iter_"))),
+    )
+    return job, previous
+
+
+def job_of(recipe: Recipe, stage: str, *, tokenizer: str, prompts: list[str], initial: Initial | None) -> Job:
+    """What the recipe says of the stage, with what is found where it runs."""
+    own = recipe.grpo[stage]
+    return Job(
         model=recipe.model,
         grpo=settings(recipe, stage),
         parallel=own.parallel,
@@ -49,12 +62,11 @@ def make_job(recipe: Recipe, stage: str, run_dir: Path) -> tuple[Job, Handoff]:
         optimizer=own.optimizer or recipe.optimizer,
         seed=recipe.seed,
         gpu=recipe.cluster.gpu,
-        tokenizer=str((Path(recipe.data.root) / previous.tokenizer["path"]).resolve()),
-        prompts=[str(path) for path in prompt_paths(own, stage, Path(recipe.data.root))],
+        tokenizer=tokenizer,
+        prompts=prompts,
         rewards=own.rewards,
-        initial=Initial(checkpoints=str(checkpoint.parent), step=int(checkpoint.name.removeprefix("iter_"))),
+        initial=initial,
     )
-    return job, previous
 
 
 def _resolve(recipe: Recipe, stage: str, run_dir: Path, job: Job, inputs: Inputs, *, verify_files: bool) -> Decision:

@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
 from recipes.schema import Recipe
 from tests.training.factory import read_checkpoint
 from tests.training.sft_factory import VOCAB_SIZE, make_data, make_recipe
+from training import arguments
 from training.files import read_json_lines
 
 pytestmark = pytest.mark.multirank
@@ -103,6 +105,15 @@ def test_the_hand_off_goes_through_the_stage(run):
     for category, loss in after["heldout"].items():
         assert 0 < abs(loss - before["heldout"][category]) < 0.5
     assert last["kind"] == "export"
+
+
+@pytest.mark.parametrize(("stage", "loaded"), [("warm", 0), ("reinforce", 7)])
+def test_the_plan_prints_the_arguments_of_the_job(run, stage, loaded, capsys):
+    """All but where the weights come from: --load and --ckpt-step with their values, and three flags."""
+    assert arguments.main(["--recipe", str(run / "recipe.json"), "--stage", stage]) == 0
+    printed, given = capsys.readouterr().out.split(), (run / "stages" / stage / "args.txt").read_text().split()
+    assert Counter(printed) <= Counter(given)
+    assert len(given) - len(printed) == loaded
 
 
 def test_it_starts_from_the_stage_before(run):
