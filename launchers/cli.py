@@ -22,6 +22,7 @@ COMMANDS = {
     "verify": ("launchers.verify_command", "check prepared data to the last byte"),
     "doctor": ("launchers.doctor_command", "what this machine has and lacks, and whether a recipe can run here"),
     "launch": ("launchers.launch_command", "run a curriculum, or go on with it where it stopped"),
+    "ab": ("launchers.ab_command", "train the first steps of a phase in two ways and compare"),
     "status": ("launchers.status", "show where a run stands, or list the runs"),
     "logs": ("launchers.logs_command", "show what a stage printed, whole or of one rank, and follow it"),
     "cancel": ("launchers.cancel_command", "stop a run; the running stage saves"),

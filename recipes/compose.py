@@ -68,6 +68,11 @@ def composed_yaml(overrides: Sequence[str] = (), config_dirs: Iterable[Path | st
         return OmegaConf.to_yaml(config)
 
 
+def option(group: str, name: str, config_dirs: Iterable[Path | str] = ()) -> dict[str, Any]:
+    """What the choice `group=name` holds, e.g. option("precision", "bf16"); RecipeError for one that does not exist."""
+    return _container([f"+{group}@extra.option={name}"], [Path(d) for d in config_dirs])["extra"]["option"]
+
+
 def known_options(group: str, config_dirs: Iterable[Path | str] = ()) -> list[str]:
     """Names that `group=NAME` may take, from the published tree and from the private folders, sorted."""
     names = set()

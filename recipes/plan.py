@@ -224,8 +224,9 @@ def notes(recipe: Recipe, every: Sequence[StageEstimate] | None = None) -> Itera
     yield f"precision: {'; '.join(texts)}"
     for stage in (s for s in recipe.stages if s in recipe.ab):
         gate = recipe.ab[stage]
-        arms = [f"{(p := arm_phase(recipe, stage, name)).precision.name} {layout_text(p)}" for name in ARMS]
-        yield f"{stage}: gate, {gate.steps:,} steps of {gate.phase} in each of {' and '.join(arms)}, apart by at most {gate.tolerance_percent:g}%"
+        phases = [arm_phase(recipe, stage, name) for name in ARMS]
+        arms = " and with ".join(f"{phase.precision.name} {layout_text(phase)}" for phase in phases)
+        yield f"{stage}: gate, {gate.steps:,} steps of {gate.phase} with {arms}, apart by at most {gate.tolerance_percent:g}%"
     merges = [s for s in recipe.stages if s in recipe.merge]
     if merges:
         inputs = {s: " + ".join(f"{w:g} {name}" for name, w in recipe.merge[s].inputs.items()) for s in merges}

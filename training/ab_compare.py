@@ -123,7 +123,7 @@ def compare(a: ArmRun, b: ArmRun, steps: int, *, tolerance_percent: float, step_
     worst = max(range(steps), key=lambda i: abs(percents[i]))
     criteria = [
         _criterion(
-            f"training loss, mean of the last {quarter} steps",
+            f"training loss, mean of the last {quarter} step{'s' * (quarter > 1)}",
             _mean(losses_a[-quarter:]),
             _mean(losses_b[-quarter:]),
             tolerance_percent,
@@ -209,7 +209,7 @@ def curves(arm: ArmRun) -> Mapping[str, Any]:
     return {
         "steps": order,
         "losses": [_finite(arm.losses[step]) for step in order],
-        "grad_norms": [_finite(arm.grad_norms[step]) for step in order],
+        "grad_norms": [_finite(arm.grad_norms.get(step)) for step in order],
         "heldout": {when: {c: _finite(v) for c, v in losses.items()} for when, losses in arm.heldout.items()},
         "seconds": arm.seconds,
     }
