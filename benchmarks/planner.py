@@ -34,6 +34,7 @@ PRIOR = Constants(
     attention_blackwell=0.45,  # [assumed: softmax and exponentials did not grow with the tensor cores]
     memory=0.75,  # [assumed: fused elementwise kernels]
     links=0.75,  # [assumed: NCCL's bus bandwidth for large messages]
+    contention=0.3,  # [assumed: NCCL's kernels take some of the SMs and of the memory's bandwidth]
     tensor_hidden=0.6,  # [assumed: of four collectives a direction, those beside the larger products]
 )
 """Where the fit starts, and what it is pulled to where the rows say little."""

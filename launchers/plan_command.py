@@ -24,6 +24,8 @@ EPILOG = """examples:
   quarry plan --plot plan.png                            learning rate, length and mixture over tokens
   quarry plan --cfg                                      the composed recipe as YAML
   quarry plan --gpu h200 --price-per-gpu-hour 2.2        time and cost on other GPUs
+  quarry plan --search --gpus 512 --gpu h100             the best layouts of the first phase, and why others fail
+  quarry plan --search --stage long_128k --seq-length 64K 256K
   quarry plan curriculum=smoke --args foundation         the exact Megatron arguments of one stage
   quarry plan --config-dir ../our-recipes mixture@phase.foundation.mixture=ours
 
@@ -49,9 +51,18 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--price-per-gpu-hour", type=_price, metavar="DOLLARS", help="what a GPU-hour costs you (default: recipes/gpus.py)"
     )
+    parser.add_argument(
+        "--json", action="store_true", help="print memory, speed, time and cost, or the search, as JSON and nothing else"
+    )
+    search = parser.add_argument_group("layouts")
+    search.add_argument("--stage", metavar="STAGE", help="phase to search for (default: the first)")
+    search.add_argument("--gpus", type=int, metavar="N", help="GPUs to lay it over (default: those of its layout)")
+    search.add_argument(
+        "--seq-length", type=_length, nargs="+", metavar="TOKENS", help="lengths in its place, such as 8192 or 64K"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--json", action="store_true", help="print memory, speed, time and cost per stage as JSON and nothing else"
+        "--search", action="store_true", help="rank all valid layouts of a phase by predicted speed, and say why others fail"
     )
     what.add_argument("--cfg", action="store_true", help="print the composed recipe as YAML and nothing else")
     what.add_argument(
@@ -68,11 +79,17 @@ def run(args: argparse.Namespace) -> int:
 
     if args.plot and args.plot.suffix.lstrip(".") not in PLOT_FORMATS:
         raise RecipeError(f"--plot {args.plot}: unknown kind of picture; end the name in one of .{', .'.join(PLOT_FORMATS)}")
+    for name in ("stage", "gpus", "seq_length"):
+        if getattr(args, name) is not None and not args.search:
+            option = "--" + name.replace("_", "-")
+            raise RecipeError(f"{option}: it says what layouts are searched for; add --search, or leave it out")
     overrides = [*args.overrides, *([f"cluster.gpu={args.gpu}"] if args.gpu else [])]
     if args.cfg:
         print(composed_yaml(overrides, args.config_dir), end="")
         return 0
     recipe = compose(overrides, args.config_dir)
+    if args.search:
+        return _search(recipe, args)
     check(recipe)
     if args.arguments_of:
         return _print_arguments(recipe, args.arguments_of)
@@ -89,6 +106,34 @@ def run(args: argparse.Namespace) -> int:
         draw_curriculum(recipe, args.plot)
         print(f"picture: {args.plot}")
     return 0
+
+
+def _search(recipe: Recipe, args: argparse.Namespace) -> int:
+    """The recipe itself need not pass the linter: a layout that it refuses is why one searches."""
+    from rich.console import Console
+
+    from recipes.search import as_data, print_search, search, with_stage
+
+    stage = args.stage or next((s for s in recipe.stages if s in recipe.phase), "")
+    gpus = args.gpus if args.gpus is not None else recipe.phase[stage].parallel.gpus if stage in recipe.phase else 1
+    results = [
+        search(with_stage(recipe, stage, gpus=gpus, seq_length_tokens=length), stage) for length in args.seq_length or [None]
+    ]
+    if args.json:
+        print(json.dumps([as_data(result) for result in results], indent=1))
+        return 0
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for result in results:
+        print_search(result, console)
+    return 0
+
+
+def _length(text: str) -> int:
+    """8192 or 8K, in units of 1024."""
+    digits = text.removesuffix("K").removesuffix("k")
+    if not digits.isdecimal() or int(digits) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no length; give tokens, e.g. 8192 or 64K")
+    return int(digits) * (1 if digits == text else 1024)
 
 
 def _price(text: str) -> float:

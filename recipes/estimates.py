@@ -205,6 +205,7 @@ PART_NAMES = {
     "elementwise": "norms, SwiGLU and casts",
     "head": "logits and loss",
     "recompute": "recomputation",
+    "offload": "activations to the host",
     "tensor_parallel": "tensor-parallel communication",
     "context_parallel": "context-parallel communication",
     "pipeline_bubble": "pipeline bubble",

@@ -24,6 +24,8 @@ class Gpu:
     """Of one GPU to the others of its NVLink domain."""
     network_bytes_per_second: float
     """Of one GPU to other nodes."""
+    host_bytes_per_second: float
+    """Of one GPU to the host's memory."""
     nvlink_domain_gpus: int
     price_per_hour: float
     """US dollars per GPU-hour [assumed: a round figure of what clouds ask on contract; `--price-per-gpu-hour` sets yours]."""
@@ -40,6 +42,7 @@ GPUS = {
         memory_bytes_per_second=3.35e12,  # [datasheet]
         nvlink_bytes_per_second=450e9,  # [datasheet] 900 GB/s in both directions
         network_bytes_per_second=50e9,  # [datasheet] DGX H100: a 400 Gb/s adapter per GPU
+        host_bytes_per_second=64e9,  # [datasheet] PCIe 5.0 x16: 128 GB/s in both directions
         nvlink_domain_gpus=8,  # [datasheet] DGX H100
         price_per_hour=2.5,
         architecture="hopper",
@@ -52,6 +55,7 @@ GPUS = {
         memory_bytes_per_second=4.8e12,  # [datasheet]
         nvlink_bytes_per_second=450e9,  # [datasheet] 900 GB/s in both directions
         network_bytes_per_second=50e9,  # [datasheet] DGX H200: a 400 Gb/s adapter per GPU
+        host_bytes_per_second=64e9,  # [datasheet] PCIe 5.0 x16: 128 GB/s in both directions
         nvlink_domain_gpus=8,  # [datasheet] DGX H200
         price_per_hour=3.0,
         architecture="hopper",
@@ -64,6 +68,7 @@ GPUS = {
         memory_bytes_per_second=8e12,  # [datasheet] DGX B200: 64 TB/s in 8 GPUs
         nvlink_bytes_per_second=900e9,  # [datasheet] 1.8 TB/s in both directions
         network_bytes_per_second=50e9,  # [datasheet] DGX B200: a 400 Gb/s adapter per GPU
+        host_bytes_per_second=64e9,  # [datasheet] PCIe 5.0 x16: 128 GB/s in both directions
         nvlink_domain_gpus=8,  # [datasheet] DGX B200
         price_per_hour=5.0,
         architecture="blackwell",
@@ -76,6 +81,7 @@ GPUS = {
         memory_bytes_per_second=8e12,  # [datasheet] NVL72: 576 TB/s in 72 GPUs
         nvlink_bytes_per_second=900e9,  # [datasheet] 1.8 TB/s in both directions
         network_bytes_per_second=50e9,  # [datasheet] a 400 Gb/s adapter per GPU, as in the cluster that IBM describes
+        host_bytes_per_second=225e9,  # [derived] NVLink-C2C, 900 GB/s in both directions for the two GPUs of a Grace
         nvlink_domain_gpus=72,  # [datasheet] NVL72
         price_per_hour=6.0,
         architecture="blackwell",

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from recipes.activations import layer_bytes, rank_tokens
 from recipes.flops import flops_per_token
 from recipes.gpus import Gpu
 from recipes.job_options import Parallel, Precision
@@ -43,20 +44,23 @@ class Constants:
     memory: float
     links: float
     """Of NVLink's and the network's bandwidth."""
+    contention: float
+    """Of the time of gradients and weights on their way behind computation: what the computation loses to it."""
     tensor_hidden: float
     """Share of tensor parallelism's communication that Megatron's --tp-comm-overlap hides, where it is on."""
 
 
 CONSTANTS = Constants(
-    matmul_bf16=0.7701,
-    matmul_fp8_hopper=0.7396,
-    matmul_fp8_blackwell=0.6455,
-    attention_hopper=0.5157,
-    attention_hopper_2024=0.3267,
-    attention_blackwell=0.4033,
-    memory=0.7002,
-    links=0.8419,
-    tensor_hidden=0.6241,
+    matmul_bf16=0.7709,
+    matmul_fp8_hopper=0.7389,
+    matmul_fp8_blackwell=0.6456,
+    attention_hopper=0.5137,
+    attention_hopper_2024=0.3272,
+    attention_blackwell=0.4038,
+    memory=0.7091,
+    links=0.8521,
+    contention=0.2989,
+    tensor_hidden=0.6243,
 )
 """The fit of `python -m benchmarks.planner` on docs/measurements/published_throughput.yaml; a test fits them again."""
 
@@ -98,6 +102,8 @@ class StepTime:
     head: float
     """Logits and loss, on the last pipeline stage."""
     recompute: float
+    offload: float
+    """Moving activations to the host and back, where it takes longer than the layers that it hides behind."""
     tensor_parallel: float
     context_parallel: float
     pipeline_bubble: float
@@ -188,32 +194,63 @@ def _layer(job: Job, constants: Constants) -> dict[str, float]:
     keys = model.num_query_groups * model.head_dim / tensor
     memory = job.gpu.memory_bytes_per_second * constants.memory
 
-    def products(fp8: bool) -> tuple[float, float]:
-        shapes = ((hidden, queries + 2 * keys), (queries, hidden), (hidden, 2 * ffn), (ffn, hidden))
-        each = [_product_seconds(job, constants, tokens, a, b, fp8) for a, b in shapes]
-        return sum(forward for forward, _ in each), sum(backward for _, backward in each)
-
-    # Layers of one model may differ in precision; the average layer stands for them.
-    share = fp8_share(job)
-    forward, backward = (share * a + (1 - share) * b for a, b in zip(products(True), products(False), strict=True))
+    shapes = {"qkv": (hidden, queries + 2 * keys), "out": (queries, hidden), "up": (hidden, 2 * ffn), "down": (ffn, hidden)}
+    share, forward, backward = fp8_share(job), {}, 0.0
+    for name, (width_in, width_out) in shapes.items():
+        # Layers of one model may differ in precision; the average layer stands for them.
+        narrow = _product_seconds(job, constants, tokens, width_in, width_out, fp8=True)
+        wide = _product_seconds(job, constants, tokens, width_in, width_out, fp8=False)
+        forward[name] = share * narrow[0] + (1 - share) * wide[0]
+        backward += share * narrow[1] + (1 - share) * wide[1]
     scores = 2 * tokens * job.seq_length_tokens * queries / _attention_rate(job, constants)
     # Values read and written per token: two norms and two residual sums over the hidden size (sharded by sequence parallelism), RoPE,
     # and SwiGLU; in FP8 each input of a product is read once more and written twice (as it is, and transposed).
     sharded = tensor if layout.sequence_parallel else 1
-    values = (2 * 2 * hidden + 2 * 3 * hidden) / sharded + 2 * (queries + keys) + 3 * ffn
+    norms, sums, rope, swiglu = 2 * 2 * hidden / sharded, 2 * 3 * hidden / sharded, 2 * (queries + keys), 3 * ffn
     casts = share * (BF16 + 2 * FP8) * (2 * hidden + queries + ffn)
-    traffic = tokens * (BF16 * values + casts) / memory
+    traffic = tokens * (BF16 * (norms + sums + rope + swiglu) + casts) / memory
     communication = _tensor_seconds(job, constants, tokens)
-    ring = _ring_seconds(job, constants, tokens, scores)
-    again = {"none": 0.0, "selective": scores + ring / 3, "full": forward + scores + traffic + communication / 2 + ring / 3}
-    return {
-        "matmul": forward + backward,
+    context = _context_seconds(job, constants, tokens, scores)
+    norm_again, swiglu_again = tokens * BF16 * norms / memory, tokens * BF16 * swiglu / memory
+    again = {  # forward passes repeat half of the tensor-parallel and a third of the context-parallel communication
+        "core_attn": scores + context / 3,
+        "mlp": forward["up"] + forward["down"] + swiglu_again + norm_again / 2 + communication / 4,
+        "full": sum(forward.values()) + scores + traffic + communication / 2 + context / 3,
+    }
+    parts = {
+        "matmul": sum(forward.values()) + backward,
         "attention": (1 + ATTENTION_BACKWARD) * scores,
         "elementwise": 3 * traffic,  # the backward pass reads the inputs again beside the gradients
-        "recompute": again[layout.recompute],
+        "recompute": _recompute_seconds(job, again),
         "tensor_parallel": communication,
-        "context_parallel": ring,
+        "context_parallel": context,
     }
+    return {**parts, "offload": _offload_seconds(job, constants, sum(parts.values()))}
+
+
+def _recompute_seconds(job: Job, again: dict[str, float]) -> float:
+    """What of `again` the layout does, for an average layer."""
+    layout = job.parallel
+    if layout.recompute == "selective":
+        return sum(again[module] for module in layout.recompute_modules or ["core_attn"])
+    if layout.recompute == "none":
+        return 0.0
+    if layout.recompute_method != "block":
+        return again["full"]
+    per_chunk = job.model.num_layers / (layout.pipeline * (layout.virtual_pipeline or 1))
+    return again["full"] * min(1.0, (layout.recompute_num_layers or 1) / per_chunk)
+
+
+def _offload_seconds(job: Job, constants: Constants, layer: float) -> float:
+    """For an average layer: what a layer saves goes to the host behind the next layer's forward pass and comes back behind a backward pass."""
+    layout, gpu = job.parallel, job.gpu
+    if layout.offload_layers is None:
+        return 0.0
+    tokens = rank_tokens(layout, job.seq_length_tokens, layout.micro_batch_samples)
+    saved = layer_bytes(job.model, layout, job.precision, tokens, fp8=job.precision.fp8 is not None)
+    transfer = saved / (gpu.host_bytes_per_second * constants.links)
+    exposed = max(0.0, transfer - layer / 3) + max(0.0, transfer - 2 * layer / 3)
+    return exposed * layout.offload_layers / (job.model.num_layers / layout.pipeline)
 
 
 def fp8_share(job: Job) -> float:
@@ -243,32 +280,47 @@ def _tensor_seconds(job: Job, constants: Constants, tokens: float) -> float:
     return 8 * collective * (1 - constants.tensor_hidden if job.tensor_overlap else 1)
 
 
-def _ring_seconds(job: Job, constants: Constants, tokens: float, scores: float) -> float:
-    """Context parallelism of one layer, forward and backward: what of the ring does not hide behind attention, and merging its steps.
-
-    Keys and values pass round in context - 1 steps, each behind the attention of the step before; backward their gradients follow.
-    """
+def _context_seconds(job: Job, constants: Constants, tokens: float, scores: float) -> float:
+    """Context parallelism of one layer, forward and backward: what does not hide behind attention."""
     model, layout = job.model, job.parallel
     if layout.context == 1:
         return 0.0
-    steps = layout.context - 1
-    keys = tokens * 2 * model.num_query_groups * model.head_dim / layout.tensor * BF16
-    transfer = keys / _link(job, constants, layout.tensor * layout.context) + LATENCY_SECONDS
-    compute = scores / layout.context
+    queries = BF16 * tokens * model.num_attention_heads * model.head_dim / layout.tensor
+    keys = BF16 * tokens * 2 * model.num_query_groups * model.head_dim / layout.tensor
+    whole = _link(job, constants, layout.tensor * layout.context)
+    if layout.context_communication == "all_gather":
+        # Forward all keys and values; backward once more, and their gradients back.
+        return 3 * ((layout.context - 1) * keys / whole + LATENCY_SECONDS)
+    if layout.context_communication == "p2p":
+        return _ring_seconds(job, constants, layout.context, queries, keys, scores, whole)
+    dealt = layout.context if layout.context_communication == "a2a" else (layout.context_hierarchy or [layout.context])[0]
+    link = _link(job, constants, layout.tensor * dealt)
+    # Queries, keys and values before attention and its output after it, and the same for the gradients.
+    exchange = 2 * ((2 * queries + keys) * (dealt - 1) / dealt / link + 4 * LATENCY_SECONDS)
+    around = layout.context // dealt
+    return exchange + (_ring_seconds(job, constants, around, queries, keys, scores, whole) if around > 1 else 0.0)
+
+
+def _ring_seconds(job: Job, constants: Constants, ranks: int, queries: float, keys: float, scores: float, link: float) -> float:
+    """A ring of `ranks`; `queries` and `keys` are bytes per rank, `scores` the seconds of the forward attention.
+
+    Keys and values pass round in ranks - 1 steps, each behind the attention of the step before; backward their gradients follow.
+    """
+    transfer = keys / link + LATENCY_SECONDS
+    compute = scores / ranks
     exposed = max(0.0, transfer - compute) + max(0.0, 2 * transfer - ATTENTION_BACKWARD * compute)
     # Each step's output, half of the tokens on average, is merged into an fp32 sum: read, read and written.
-    queries = tokens * model.num_attention_heads * model.head_dim / layout.tensor
-    merge = queries / 2 * (BF16 + 2 * FP32) / (job.gpu.memory_bytes_per_second * constants.memory)
-    return steps * (exposed + 2 * merge)
+    merge = queries / BF16 / 2 * (BF16 + 2 * FP32) / (job.gpu.memory_bytes_per_second * constants.memory)
+    return (ranks - 1) * (exposed + 2 * merge)
 
 
 def _head_seconds(job: Job, constants: Constants) -> float:
-    """Logits, loss and their gradients for one micro batch; the head is never in FP8."""
+    """Logits, loss and their gradients for one micro batch; the head is never in FP8. A chunked loss computes the logits twice."""
     tokens, vocabulary = _tokens(job), job.model.vocab_size / job.parallel.tensor
     forward, backward = _product_seconds(job, constants, tokens, job.model.hidden_size, vocabulary, fp8=False)
     # The fused loss reads the logits in fp32 twice and writes their gradient.
     loss = tokens * vocabulary * (3 * FP32 + BF16) / (job.gpu.memory_bytes_per_second * constants.memory)
-    return forward + backward + loss
+    return forward + backward + loss + (forward if job.parallel.loss_chunk_tokens is not None else 0.0)
 
 
 def _pipeline_transfers(job: Job, constants: Constants, micro_batches: float) -> float:
@@ -310,9 +362,9 @@ def _data_parallel(job: Job, constants: Constants, body: float) -> float:
     gather_bytes = FP8 * fp8_share(job) + BF16 * (1 - fp8_share(job)) if job.precision.fp8_param_gather else BF16
     reduce, gather = moved * FP32 / link + LATENCY_SECONDS, moved * gather_bytes / link + LATENCY_SECONDS
     forward = body / (4 if layout.recompute == "full" else 3)
-    hidden_reduce = body - forward if layout.overlap_grad_reduce else 0.0
-    hidden_gather = forward if layout.overlap_param_gather else 0.0
-    return max(0.0, reduce - hidden_reduce) + max(0.0, gather - hidden_gather)
+    hidden_reduce = min(reduce, body - forward) if layout.overlap_grad_reduce else 0.0
+    hidden_gather = min(gather, forward) if layout.overlap_param_gather else 0.0
+    return reduce + gather - (1 - constants.contention) * (hidden_reduce + hidden_gather)
 
 
 def _optimizer(job: Job, constants: Constants) -> float:
