@@ -126,6 +126,8 @@ def phase_layout_rules(recipe: Recipe, stage: str, phase: Phase) -> Iterator[Pro
         rule = "Megatron overlaps the parameter gather only together with the gradient reduction"
         yield Problem(f"{key}.overlap_param_gather", True, rule, f"set {key}.overlap_grad_reduce=true")
     yield from _context(model, key, layout)
+    if phase.documents_apart:
+        yield from packed_rules(recipe, key, layout)
     yield from _recompute(model, key, layout)
     yield from _offload(recipe, key, layout)
     tokens = phase.seq_length_tokens * layout.micro_batch_samples // layout.context

@@ -2,6 +2,7 @@
 configuration from, at the intended world size."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import subprocess
@@ -12,6 +13,9 @@ import pytest
 
 from recipes.compose import compose
 from recipes.grpo_stage import settings
+from recipes.lint import check as lint_check
+from recipes.lint import lint
+from recipes.lint import lint
 from recipes.schema import RecipeError
 from recipes.sft_stage import as_phase
 from training import cpu_backend
@@ -82,6 +86,38 @@ def test_published_recipes_compile(curriculum, model, precision, monkeypatch):
         check(config, recipe.model)  # the four multipliers, sizes, norm, activation
 
 
+@pytest.mark.parametrize("gather", [False, True])
+@pytest.mark.parametrize("precision", [p for p in PRECISIONS if p != "bf16"])
+def test_options_of_fp8_reach_megatron(precision, gather, monkeypatch):
+    """Parameter gather with every recipe, and bf16 layers at either end where the recipe takes them; configurations of DDP and optimizer too."""
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.training.training import get_megatron_ddp_config
+
+    gpu, capability = GPU.get(precision, ("h100", (9, 0)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    key = "phase.foundation.precision"
+    layers = [] if precision == "fp8_delayed" else [f"{key}.bf16_layers_at_start=2", f"{key}.bf16_layers_at_end=3"]
+    recipe = compose([f"precision={precision}", f"cluster.gpu={gpu}", f"{key}.fp8_param_gather={gather}", *layers])
+    lint_check(recipe)
+    args, config = parse(recipe, "foundation", monkeypatch)
+    assert args.fp8_param_gather == gather
+    assert config.fp8_param == gather
+    assert config.fp8_recipe == recipe.phase["foundation"].precision.fp8
+    assert args.reuse_grad_buf_for_mxfp8_param_ag == (gather and precision == "mxfp8")
+    assert get_megatron_ddp_config(args).fp8_param_gather == gather
+    names = {f.name for f in dataclasses.fields(OptimizerConfig)}
+    OptimizerConfig(**{name: value for name, value in vars(args).items() if name in names})  # its own checks
+    kept = (config.num_layers_at_start_in_bf16, config.num_layers_at_end_in_bf16) if config.first_last_layers_bf16 else (0, 0)
+    assert kept == ((2, 3) if layers else (0, 0))
+
+
+def test_megatron_refuses_what_the_linter_refuses_of_bf16_layers(monkeypatch):
+    recipe = compose(["precision=fp8_delayed", "phase.foundation.precision.bf16_layers_at_start=1"])
+    assert any(p.key == "phase.foundation.precision.bf16_layers_at_start" for p in lint(recipe))
+    with pytest.raises(ValueError, match="Delayed scaling does not support first / last layer in BF16"):
+        parse(recipe, "foundation", monkeypatch)
+
+
 def test_smoke_compiles(monkeypatch):
     recipe = compose(["curriculum=smoke", "cluster=local"])
     for stage, phase in recipe.phase.items():
@@ -91,6 +127,50 @@ def test_smoke_compiles(monkeypatch):
         assert not args.bf16
         assert args.transformer_impl == "local"
         check(config, recipe.model)
+
+
+# Layouts of the 8B beside its curricula's own, by the stage that they are for.
+LONG_CONTEXT = [
+    {"long_32k": "32k_a2a", "long_128k": "128k_hierarchical", "long_512k": "512k_hierarchical"},
+    {"long_32k": "32k_offload", "long_128k": "128k_all_gather", "long_512k": "512k_recompute"},
+    {"long_128k": "128k_recompute"},
+]
+
+
+@pytest.mark.parametrize("variants", LONG_CONTEXT, ids=lambda v: " ".join(v.values()))
+def test_long_context_layouts_compile(variants, monkeypatch):
+    recipe = compose([f"parallel@phase.{stage}.parallel=granite_4_1_8b/{name}" for stage, name in variants.items()])
+    assert lint(recipe) == []
+    for stage, name in variants.items():
+        args, config = parse(recipe, stage, monkeypatch)
+        layout = recipe.phase[stage].parallel
+        assert layout.name == f"granite_4_1_8b/{name}"
+        used_layouts.add(layout.name)
+        assert config.cp_comm_type == layout.context_communication
+        assert config.hierarchical_context_parallel_sizes == layout.context_hierarchy
+        assert (config.recompute_granularity or "none") == layout.recompute
+        assert layout.recompute_modules in (None, config.recompute_modules)
+        assert config.cpu_offloading == (layout.offload_layers is not None)
+        assert config.cpu_offloading_num_layers == (layout.offload_layers or 0)
+        assert args.loss_chunk_tokens == layout.loss_chunk_tokens
+        assert args.data_parallel_size == layout.data
+
+
+def test_kinds_of_recomputation_compile(monkeypatch):
+    recipe = compose(["curriculum=smoke"])
+    layout = recipe.phase["long_32k"].parallel
+    for changes in (
+        {"recompute": "full"},
+        {"recompute": "full", "recompute_method": "block", "recompute_num_layers": 2},
+        {"recompute": "selective", "recompute_modules": ["core_attn", "mlp"]},
+    ):
+        phase = recipe.phase["long_32k"].model_copy(update={"parallel": layout.model_copy(update=changes)})
+        _, config = parse(recipe.model_copy(update={"phase": recipe.phase | {"long_32k": phase}}), "long_32k", monkeypatch)
+        full = changes["recompute"] == "full"
+        assert config.recompute_granularity == changes["recompute"]
+        assert config.recompute_method == (changes.get("recompute_method", "uniform") if full else None)
+        assert config.recompute_num_layers == (changes.get("recompute_num_layers", 1) if full else None)
+        assert full or config.recompute_modules == changes.get("recompute_modules", ["core_attn"])
 
 
 POSTTRAIN = """# @package _global_
