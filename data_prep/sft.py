@@ -98,6 +98,9 @@ def _render(
 
             folder = data_root / "sft" / stage / "judged" / name
             paths = judged_paths(paths, source.judge, folder, f"sft.{stage}.sources.{name}", progress)
+            if not any(path.stat().st_size for path in paths):
+                say(f"sft data '{stage}', {name}: the judge left nothing of it")
+                continue
         for number, path in enumerate(paths):
             prefix = f"sft/{stage}/samples/{name}/{number:05d}"
             jobs.append(

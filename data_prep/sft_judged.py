@@ -80,6 +80,12 @@ def judged_paths(paths: list[Path], judge: SftJudge, folder: Path, key: str, pro
             f"{judge.max_unjudged_percent:g} (failed attempts: {reasons or 'none in this run'}); see {folder / 'audit.jsonl'}. "
             "The same command asks about these again"
         )
+    left = sum(record.outcomes[outcome] for outcome in judge.take)
+    if 100 * left < judge.min_taken_percent * record.samples or not record.samples:
+        raise DataError(
+            f"{key}.judge: {left} of {record.samples} samples are {' or '.join(judge.take)}, fewer than min_taken_percent = "
+            f"{judge.min_taken_percent:g}; {folder / 'audit.jsonl'} says of each why"
+        )
     write_json(folder / "made_from.json", {"made_from": made_from, "record": file_sha256(folder / "record.json")})
     return taken
 

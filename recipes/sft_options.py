@@ -32,6 +32,9 @@ class SftJudge(Strict):
     """Of one attempt."""
     max_unjudged_percent: NonNegativeFloat = 0.0
     """More samples that no attempt brought a judgement for stop the preparation; the next one asks about these again."""
+    min_taken_percent: NonNegativeFloat = 1.0
+    """Fewer samples taken of a source than this stop the preparation: the judge is broken, or the source is no good. With 0 even a source of
+    which nothing is left goes on without."""
     api_key_env: str | None = None
     """Environment variable that holds the key; None: QUARRY_JUDGE_API_KEY."""
 
@@ -68,6 +71,9 @@ class Sft(Strict):
     keep_moments: bool = False
     """True: Adam's moments come with the hand-off, as between phases. False: weights only, because another objective begins; the moments
     start at zero."""
+    initial: str | None = None
+    """Of the first stage of all: the folder of the model that it starts from, what `quarry convert --from HF --to FOLDER` wrote or a finished
+    stage of another run. None: the stage before hands its model on."""
     rope_base: PositiveFloat | None = None
     """None: that of the phase before."""
     pack_multiple_tokens: PositiveInt | None = None

@@ -86,6 +86,15 @@ def test_samples_without_a_judgement_stop_the_preparation_until_they_have_one(tm
         assert len(read(accepted)) == 4
 
 
+def test_a_judge_that_lets_nothing_through_stops_the_preparation_unless_that_is_allowed(tmp_path):
+    path = write_samples(tmp_path / "chat.jsonl", [sample(mark) for mark in (1, 3)])
+    with Stub(behave) as stub:
+        with pytest.raises(DataError, match=r"chat\.judge: 0 of 2 samples are accepted, fewer than min_taken_percent = 1;"):
+            judged(tmp_path, stub.url, path)
+        (accepted,) = judged(tmp_path, stub.url, path, min_taken_percent=0)
+    assert accepted.read_bytes() == b""
+
+
 def test_parquet_is_refused_by_name(tmp_path):
     with pytest.raises(DataError, match=r"chat\.paths: .*x\.parquet is Parquet"):
         judged(tmp_path, "http://127.0.0.1:9/v1", tmp_path / "x.parquet")
