@@ -69,6 +69,12 @@ class _GatherPacked(torch.autograd.Function):
         return gradient[ctx.places[ctx.group.rank()]], None, None
 
 
+BLOCK_QUERIES = 256
+"""Rows of a mask at most: so many queries see up to Sk keys at once, where a context-parallel rank's piece is not the whole of them."""
+KEPT_MASK_BYTES = 2**20
+"""Larger masks are made again each time."""
+
+
 @functools.lru_cache(maxsize=64)
 def _mask(queries: int, keys: int, device: torch.device) -> torch.Tensor:
     """[queries, keys] bool, True where query i, the i-th last of `keys` positions, may see key j."""
@@ -78,11 +84,19 @@ def _mask(queries: int, keys: int, device: torch.device) -> torch.Tensor:
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
     """softmax(scale * Q K^T + causal) V for the last `query` positions of the sequence that `key` holds.
 
-    query [Sq, B, H, D], key and value [Sk, B, G, D] with Sk >= Sq and G dividing H; returns [Sq, B, H, D].
+    query [Sq, B, H, D], key and value [Sk, B, G, D] with Sk >= Sq and G dividing H; returns [Sq, B, H, D]. Neither scores nor masks of
+    Sq x Sk exist at any time, forward or backward: SDPA goes over them by blocks, and a mask has BLOCK_QUERIES rows at most.
     """
     queries, keys = query.size(0), key.size(0)
+    if BLOCK_QUERIES < queries < keys:
+        out, end = [], keys - queries
+        for block in query.split(BLOCK_QUERIES):
+            end += block.size(0)
+            out.append(causal_attention(block, key[:end], value[:end], scale))
+        return torch.cat(out)
     # A mask only where none of SDPA's own cases fits: square causal has is_causal (half the work), one query sees every key.
-    mask = None if queries in (1, keys) else _mask(queries, keys, query.device)
+    make = _mask if queries * keys <= KEPT_MASK_BYTES else _mask.__wrapped__
+    mask = None if queries in (1, keys) else make(queries, keys, query.device)
     q_BHSD, k_BGSD, v_BGSD = (t.permute(1, 2, 0, 3) for t in (query, key, value))
     out_BHSD = scaled_dot_product_attention(
         q_BHSD,

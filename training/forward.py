@@ -43,5 +43,5 @@ def forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, partial]
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=batch["packed"])
     return output, partial(loss_function, batch["loss_mask"])

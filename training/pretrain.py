@@ -92,6 +92,8 @@ def _run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, trai
     arguments = compile_phase(recipe, stage, run_dir, load)
     sys.argv = ["pretrain", *arguments]
     args = parse_and_validate_args(add_granite_arguments)
+    # Has no flag: pipeline stages tell each other how long the packed sequence of a micro batch is.
+    args.variable_seq_lengths = phase.packed_lengths_vary
     if args.rank == 0:
         (stage_dir / "args.txt").write_text("\n".join(arguments) + "\n")
 
@@ -124,7 +126,7 @@ def _run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, trai
     def provide_data(train_valid_test_samples: Any, vp_stage: int | None = None) -> tuple[Any, None, None]:
         if hooks.loaded_step >= args.train_iters:
             return None, None, None  # killed between the last save and the hand-off: nothing to train, Megatron skips the loop
-        train = data.load_dataset(mixture, data_root, vp_stage)
+        train = data.load_dataset(mixture, data_root, vp_stage, documents_apart=phase.documents_apart)
         if train is not None:
             dataset[:] = [train]
         return train, None, None

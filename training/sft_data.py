@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import parallel_state as mpu
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_timers
 
 from data_prep.sft_manifest import PackedSequences, lay_out
-from model.packing import zigzag_positions
-from training import data
+from training import data, documents
 from training.forward import loss_function
 
 
@@ -70,21 +68,8 @@ def get_batch(data_iterator: Any, vp_stage: int | None = None) -> dict[str, Any]
         raise ValueError(
             f"a micro batch of {sample['tokens'].size(0)} packed sequences; parallel.micro_batch_samples must be 1"
         )
-    bounds = sample["bounds"][0]
-    batch: dict[str, Any] = {key: sample[key] for key in data.BATCH_KEYS}
-    ranks = mpu.get_context_parallel_world_size()
-    if ranks > 1:
-        places = zigzag_positions(bounds.tolist(), ranks, mpu.get_context_parallel_rank())
-        batch = {key: value[:, places] for key, value in batch.items()}
-    batch = {key: value.cuda(non_blocking=True) for key, value in batch.items()}
-    # The longest sample, not the sequence's length: Megatron's rotary embedding takes positions of the whole sequence for those of the
-    # samples when there are as many of them as tokens.
-    longest = int((bounds[1:] - bounds[:-1]).max())
-    starts = bounds.to(torch.int32).cuda(non_blocking=True)
-    batch["packed"] = PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=longest, max_seqlen_kv=longest
-    )
-    return batch
+    batch, packed = documents.on_this_rank({key: sample[key] for key in data.BATCH_KEYS}, sample["bounds"][0])
+    return {**batch, "packed": packed}
 
 
 def forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, partial]:
