@@ -160,6 +160,9 @@ def _precision(phase: Phase) -> list[str]:
         args += _values(fp8_amax_history_len=precision.fp8_amax_history_steps or 1024, fp8_amax_compute_algo="max")
     if precision.fp8_param_gather:
         args += _flags("fp8-param-gather")
+        if precision.fp8 == "mxfp8":
+            # Without it every rank keeps another bf16 copy of the weights: Megatron warns and goes on.
+            args += _flags("reuse-grad-buf-for-mxfp8-param-ag")
     if precision.bf16_layers_at_start or precision.bf16_layers_at_end:
         args += _flags("first-last-layers-bf16")
         args += _values(

@@ -86,9 +86,8 @@ def test_published_recipes_compile(curriculum, model, precision, monkeypatch):
         check(config, recipe.model)  # the four multipliers, sizes, norm, activation
 
 
-@pytest.mark.parametrize("gather", [False, True])
 @pytest.mark.parametrize("precision", [p for p in PRECISIONS if p != "bf16"])
-def test_options_of_fp8_reach_megatron(precision, gather, monkeypatch):
+def test_options_of_fp8_reach_megatron(precision, monkeypatch):
     """Parameter gather with every recipe, and bf16 layers at either end where the recipe takes them; configurations of DDP and optimizer too."""
     from megatron.core.optimizer import OptimizerConfig
     from megatron.training.training import get_megatron_ddp_config
@@ -97,14 +96,14 @@ def test_options_of_fp8_reach_megatron(precision, gather, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     key = "phase.foundation.precision"
     layers = [] if precision == "fp8_delayed" else [f"{key}.bf16_layers_at_start=2", f"{key}.bf16_layers_at_end=3"]
-    recipe = compose([f"precision={precision}", f"cluster.gpu={gpu}", f"{key}.fp8_param_gather={gather}", *layers])
+    recipe = compose([f"precision={precision}", f"cluster.gpu={gpu}", f"{key}.fp8_param_gather=true", *layers])
     lint_check(recipe)
     args, config = parse(recipe, "foundation", monkeypatch)
-    assert args.fp8_param_gather == gather
-    assert config.fp8_param == gather
+    assert args.fp8_param_gather
+    assert config.fp8_param
     assert config.fp8_recipe == recipe.phase["foundation"].precision.fp8
-    assert args.reuse_grad_buf_for_mxfp8_param_ag == (gather and precision == "mxfp8")
-    assert get_megatron_ddp_config(args).fp8_param_gather == gather
+    assert args.reuse_grad_buf_for_mxfp8_param_ag == (precision == "mxfp8")
+    assert get_megatron_ddp_config(args).fp8_param_gather
     names = {f.name for f in dataclasses.fields(OptimizerConfig)}
     OptimizerConfig(**{name: value for name, value in vars(args).items() if name in names})  # its own checks
     kept = (config.num_layers_at_start_in_bf16, config.num_layers_at_end_in_bf16) if config.first_last_layers_bf16 else (0, 0)
