@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from recipes.ab_stage import ab_rules
 from recipes.grpo_stage import grpo_rules
 from recipes.lint_layout import cluster_rules, model_rules, phase_layout_rules
+from recipes.lint_memory import memory_rules
 from recipes.problem import Problem
 from recipes.schedules import first_peak_last, previous_phase
-from recipes.schema import Phase, Recipe, RecipeError
+from recipes.schema import Phase, Recipe, RecipeError, initial_model
 from recipes.sft_stage import sft_rules
 
 SHARE_TOLERANCE_PERCENT = 1e-6
@@ -34,12 +35,12 @@ def lint(recipe: Recipe) -> list[Problem]:
         elif stage in recipe.merge:
             problems += merge_rules(recipe, stage)
         elif stage in recipe.sft:
-            problems += sft_rules(recipe, stage)
+            problems += [*initial_rules(recipe, stage), *sft_rules(recipe, stage)]
         elif stage in recipe.grpo:
-            problems += grpo_rules(recipe, stage)
+            problems += [*initial_rules(recipe, stage), *grpo_rules(recipe, stage)]
         elif stage in recipe.ab:
             problems += ab_rules(recipe, stage)
-    return problems
+    return problems or list(memory_rules(recipe))  # which counts on a layout that divides
 
 
 def check(recipe: Recipe) -> None:
@@ -57,8 +58,11 @@ def stage_rules(recipe: Recipe) -> Iterator[Problem]:
         )
         return
     first = next((s for s in recipe.stages if s not in recipe.ab), recipe.stages[0])
-    if first not in recipe.phase:
-        yield Problem("stages", listed, f"the first stage, {first}, has no model to start from", "put a phase first")
+    if first not in recipe.phase and initial_model(recipe, first) is None:
+        remedy = "put a phase first"
+        if first in recipe.sft or first in recipe.grpo:
+            remedy += f", or give {recipe.stage_kind(first)}.{first}.initial, the folder of a model"
+        yield Problem("stages", listed, f"the first stage, {first}, has no model to start from", remedy)
     for index, stage in enumerate(recipe.stages):
         if stage in recipe.export and index != len(recipe.stages) - 1:
             last = [s for s in recipe.stages if s != stage]
@@ -68,6 +72,14 @@ def stage_rules(recipe: Recipe) -> Iterator[Problem]:
                 f"nothing can start from the export {stage}",
                 f"put it last: stages=[{','.join([*last, stage])}]",
             )
+
+
+def initial_rules(recipe: Recipe, stage: str) -> Iterator[Problem]:
+    before, given = recipe.previous(stage), initial_model(recipe, stage)
+    if before is not None and given is not None:
+        rule = f"the stage starts from the model that {before} hands on"
+        remedy = f"set it to null, or leave out the stages before {stage}"
+        yield Problem(f"{recipe.stage_kind(stage)}.{stage}.initial", given, rule, remedy)
 
 
 def tokens_rules(recipe: Recipe, stage: str, phase: Phase) -> Iterator[Problem]:

@@ -52,11 +52,14 @@ class RankMemory:
     """Fragmentation."""
 
     @property
-    def total_bytes(self) -> int:
+    def passing_bytes(self) -> int:
         """Logits and a layer's workspace are never there together: the larger of the two counts."""
+        return max(self.logits_bytes, self.workspace_bytes)
+
+    @property
+    def total_bytes(self) -> int:
         lasting = self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes + self.fp8_weights_bytes
-        passing = self.activations_bytes + max(self.logits_bytes, self.workspace_bytes)
-        return lasting + passing + self.communication_bytes + self.allowance_bytes
+        return lasting + self.activations_bytes + self.passing_bytes + self.communication_bytes + self.allowance_bytes
 
 
 @dataclass(frozen=True)
