@@ -15,7 +15,6 @@ from recipes.compose import compose
 from recipes.grpo_stage import settings
 from recipes.lint import check as lint_check
 from recipes.lint import lint
-from recipes.lint import lint
 from recipes.schema import RecipeError
 from recipes.sft_stage import as_phase
 from training import cpu_backend
@@ -88,7 +87,7 @@ def test_published_recipes_compile(curriculum, model, precision, monkeypatch):
 
 @pytest.mark.parametrize("precision", [p for p in PRECISIONS if p != "bf16"])
 def test_options_of_fp8_reach_megatron(precision, monkeypatch):
-    """Parameter gather with every recipe, and bf16 layers at either end where the recipe takes them; configurations of DDP and optimizer too."""
+    """Parameter gather with every recipe, bf16 layers at either end where the recipe takes them; DDP and the optimizer check theirs too."""
     from megatron.core.optimizer import OptimizerConfig
     from megatron.training.training import get_megatron_ddp_config
 
