@@ -27,8 +27,8 @@ LAYOUTS = {
     "dp2": {"gpus": 2},
     "tp2_sp": {"gpus": 2, "tensor": 2, "sequence_parallel": True},
     "pp2": {"gpus": 2, "pipeline": 2},
-    "cp2": {"gpus": 2, "context": 2},
-    "tp2_cp2": {"gpus": 4, "tensor": 2, "context": 2, "sequence_parallel": True},
+    "cp2": {"gpus": 2, "context": 2, "context_communication": "a2a"},
+    "tp2_cp2": {"gpus": 4, "tensor": 2, "context": 2, "sequence_parallel": True, "loss_chunk_tokens": 100},  # of 256 per rank
 }
 
 
