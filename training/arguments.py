@@ -206,6 +206,9 @@ def _documents(recipe: Recipe, phase: Phase) -> list[str]:
     # Samples differ in their number of loss tokens, and so do the parts of a sample that context-parallel ranks hold: the loss is the
     # mean over the tokens of the global batch, whoever holds them.
     args = _flags("documents-apart", "calculate-per-token-loss")
+    if phase.packed_lengths_vary:
+        # Megatron checks that its experts' dispatcher takes packed sequences of any length, also in a model without experts.
+        args += _values(moe_token_dispatcher_type="alltoall")
     if phase.restart_positions:
         return [*args, *_flags("restart-positions")]
     # Transformer Engine's fused rotary embedding begins anew with every packed sequence.
