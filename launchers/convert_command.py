@@ -15,7 +15,7 @@ from pathlib import Path
 
 EPILOG = """examples:
   quarry convert --from runs/smoke-tiny/stages/foundation --to /tmp/foundation-hf   a stage's model for transformers
-  quarry convert --from /tmp/foundation-hf --to /tmp/foundation-megatron            and back
+  quarry convert --from /tmp/foundation-hf --to /tmp/foundation-megatron            and back; a chain can begin with it (docs/sft.md)
 """
 
 
@@ -48,7 +48,11 @@ def run(args: argparse.Namespace) -> int:
         command += ["--dtype", args.dtype]
     with tempfile.TemporaryDirectory() as temporary:
         command += _tokenizer(args.source, Path(temporary))
-        return subprocess.run(command, check=False).returncode
+        code = subprocess.run(command, check=False).returncode
+    if code == 0 and "--tokenizer-record" in command:
+        # A stage can begin with it (sft.STAGE.initial): its digests are taken now.
+        return subprocess.run([sys.executable, "-m", "training.imported", str(args.target)], check=False).returncode
+    return code
 
 
 def _tokenizer(source: Path, folder: Path) -> list[str]:

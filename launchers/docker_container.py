@@ -235,9 +235,13 @@ def _inputs(recipe: Recipe) -> list[tuple[str, str]]:
             found += [
                 (f"sft.{stage}.sources.{name}.paths", path) for name, source in sft.sources.items() for path in source.paths
             ]
+            if sft.initial is not None:
+                found.append((f"sft.{stage}.initial", sft.initial))
             if sft.chat_template is not None:
                 found.append((f"sft.{stage}.chat_template", sft.chat_template))
     for stage, grpo in recipe.grpo.items():
         if stage in recipe.stages:
             found += [(f"grpo.{stage}.prompts", path) for path in grpo.prompts]
+            if grpo.initial is not None:
+                found.append((f"grpo.{stage}.initial", grpo.initial))
     return found

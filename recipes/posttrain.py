@@ -131,6 +131,9 @@ class Grpo(Strict):
 class GrpoStage(Grpo):
     """One stage of a curriculum: the settings with what they are applied to, and where."""
 
+    initial: str | None = None
+    """Of the first stage of all: the folder of the model that it starts from, what `quarry convert --from HF --to FOLDER` wrote or a finished
+    stage of another run. None: the stage before hands its model on."""
     prompts: list[str] = []
     """JSON-lines files or glob patterns; format in training/rl/prompts.py."""
     builder: str | None = None

@@ -326,6 +326,12 @@ class Recipe(Strict):
             raise RecipeError(f"{path}: {describe(error)}") from None
 
 
+def initial_model(recipe: Recipe, stage: str) -> str | None:
+    """Folder of the model that `stage` starts from where no stage comes before it; None: it has none."""
+    own = recipe.sft.get(stage) or recipe.grpo.get(stage)
+    return None if own is None else own.initial
+
+
 def describe(error: ValidationError) -> str:
     """All problems of a validation error, one `key: message (value)` each."""
     problems = []

@@ -48,7 +48,7 @@ class Drawn(Strict):
 class Handoff(Strict):
     format: Literal["quarry.handoff/1"] = FORMAT
     stage: str
-    kind: Literal["phase", "merge", "sft", "grpo", "ab", "export"]
+    kind: Literal["phase", "merge", "sft", "grpo", "ab", "export", "import"]
     step: int
     """Steps of this stage (for a merge: of its last input)."""
     stage_tokens: int
@@ -169,13 +169,17 @@ def decide(
     tokenizer_sha256: str,
     problems: list[str],
     *,
+    initial: str | None = None,
     verify_files: bool = True,
 ) -> Decision:
-    """`resolve` for a stage whose data have been looked at: `problems` is what was found, and joins what is found here."""
+    """`resolve` for a stage whose data have been looked at: `problems` is what was found, and joins what is found here.
+
+    `initial` is the folder that a first stage starts from (recipes.schema.initial_model).
+    """
     stage_dir = run_dir / "stages" / stage
     problems = list(problems)
-    previous_stage = recipe.previous(stage)
-    previous = Handoff.read(run_dir / "stages" / previous_stage) if previous_stage else None
+    previous_dir = predecessor(recipe, stage, run_dir, initial)
+    previous = read_predecessor(recipe, stage, previous_dir) if previous_dir else None
     digest = training_digest(recipe, stage, data_digest, previous)
 
     if (stage_dir / "handoff.json").exists():
@@ -201,20 +205,42 @@ def decide(
             kind="resume", load=load, previous=previous, training_digest=digest, reason=f"own checkpoint of step {step}"
         )
 
-    if previous is None or previous_stage is None:
+    if previous is None or previous_dir is None:
         _raise(stage, problems)
         return Decision(kind="first_start", load=None, previous=None, training_digest=digest, reason="first stage")
     problems += _check_previous(recipe, stage, previous, tokenizer_sha256)
-    previous_dir = run_dir / "stages" / previous_stage
     damaged = previous.verify_files(previous_dir) if verify_files else []
-    problems += [f"{p}; restore the checkpoint of stage '{previous_stage}' or train it again" for p in damaged]
+    remedy = "convert the model again" if previous.kind == "import" else "train it again"
+    problems += [f"{p}; restore the checkpoint of {_words(previous, 'stage ')} or {remedy}" for p in damaged]
     _raise(stage, problems)
     assert previous.checkpoint is not None
     checkpoint = previous_dir / previous.checkpoint
     load = Load(checkpoints=checkpoint.parent, step=int(checkpoint.name.removeprefix("iter_")), resume=False)
     return Decision(
-        kind="first_start", load=load, previous=previous, training_digest=digest, reason=f"hand-off of '{previous_stage}'"
+        kind="first_start", load=load, previous=previous, training_digest=digest, reason=f"hand-off of {_words(previous)}"
     )
+
+
+def predecessor(recipe: Recipe, stage: str, run_dir: Path, initial: str | None = None) -> Path | None:
+    """Folder of the hand-off that `stage` starts from: that of the stage before it, or of a first stage `initial`; None: random weights."""
+    before = recipe.previous(stage)
+    if before is not None:
+        return run_dir / "stages" / before
+    return None if initial is None else Path(initial)
+
+
+def read_predecessor(recipe: Recipe, stage: str, folder: Path) -> Handoff:
+    """The hand-off in `folder` (`predecessor`); raises Refused if there is none."""
+    if recipe.previous(stage) is None and not (folder / "handoff.json").exists():
+        raise Refused(
+            f"{stage}.initial is {folder}, which holds no handoff.json: it must be a finished stage of a run, or what "
+            "`quarry convert --from HUGGING_FACE_FOLDER --to FOLDER` wrote (with the tokenizer's files beside the model)"
+        )
+    return Handoff.read(folder)
+
+
+def _words(previous: Handoff, stage: str = "") -> str:
+    return f"the imported model '{previous.stage}'" if previous.kind == "import" else f"{stage}'{previous.stage}'"
 
 
 def _raise(stage: str, problems: list[str]) -> None:
@@ -294,7 +320,9 @@ def _check_previous(recipe: Recipe, stage: str, previous: Handoff, tokenizer_sha
             f"would be unlearned; set phase.{stage}.rope_base to at least {previous.rope_base:g}"
         )
     expected_tokens = recipe.tokens_before(stage)
-    if previous.total_tokens != expected_tokens:
+    if (
+        recipe.previous(stage) is not None and previous.total_tokens != expected_tokens
+    ):  # a model of elsewhere has trained what it has
         problems.append(
             f"the hand-off of '{previous.stage}' holds {previous.total_tokens} tokens, the recipe trains {expected_tokens} before '{stage}'; "
             "the stages before were trained with another recipe"
@@ -310,4 +338,18 @@ def _check_previous(recipe: Recipe, stage: str, previous: Handoff, tokenizer_sha
         )
     if previous.checkpoint is None:
         problems.append(f"stage '{previous.stage}' is an export and leaves no checkpoint; put it after all phases")
+    if previous.kind == "import":
+        problems += _check_import(recipe, stage, previous)
+    return problems
+
+
+def _check_import(recipe: Recipe, stage: str, previous: Handoff) -> list[str]:
+    """What a model of elsewhere cannot give."""
+    problems = []
+    if recipe.phase[stage].rope_base != previous.rope_base:
+        # Between stages of ours it may rise, because training goes on at a longer context.
+        problems.append(
+            f"{stage}.rope_base is {recipe.phase[stage].rope_base:g}, {_words(previous)} was trained with {previous.rope_base:g}; "
+            "set it to that"
+        )
     return problems

@@ -25,7 +25,7 @@ from training import fast_import, pretrain
 from training.arguments import Load, add_granite_arguments, compile_phase
 from training.exit_codes import FINISHED, REFUSED, REQUEUE
 from training.files import digest_folder
-from training.handoff import Drawn, FileRecord, Handoff, Refused, decide, latest_step, write_start
+from training.handoff import Drawn, FileRecord, Handoff, Refused, decide, latest_step, predecessor, write_start
 from training.versions import versions
 
 # How Megatron normalises: by the loss tokens of the global batch, not by micro batch and rank.
@@ -53,8 +53,10 @@ def run_sft(recipe: Recipe, stage: str, run_dir: Path) -> int:
             _data_digest(recipe, stage, manifest),
             manifest.tokenizer.sha256,
             problems,
+            initial=recipe.sft[stage].initial,
             verify_files=first_node,
         )
+        _check_moments(recipe, stage, decision.previous)
     except (DataError, Refused, RecipeError) as error:
         return refuse(error)
     print(f"stage '{stage}': {decision.kind} ({decision.reason}), verified in {time.monotonic() - began:.1f} s", flush=True)
@@ -96,6 +98,13 @@ def run_sft(recipe: Recipe, stage: str, run_dir: Path) -> int:
     if code != 0:
         return code
     return FINISHED if (stage_dir / "handoff.json").exists() else REQUEUE
+
+
+def _check_moments(recipe: Recipe, stage: str, previous: Handoff | None) -> None:
+    if recipe.sft[stage].keep_moments and previous is not None and previous.kind == "import":
+        raise Refused(
+            f"sft.{stage}.keep_moments is true, but '{previous.stage}' is a converted model and has none; set it to false"
+        )
 
 
 def compile_sft(recipe: Recipe, stage: str, run_dir: Path, sequences: int, load: Load | None = None) -> list[str]:
@@ -170,8 +179,8 @@ def _train(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, trainin
     seen = as_phase(recipe, stage, manifest.training.sequences)
     phase = seen.phase[stage]
     first_start = load is None or not load.resume
-    previous_stage = recipe.previous(stage)
-    previous = Handoff.read(run_dir / "stages" / previous_stage) if previous_stage else None
+    previous_dir = predecessor(recipe, stage, run_dir, sft.initial)
+    previous = Handoff.read(previous_dir) if previous_dir else None
 
     token_ids.install(manifest.tokenizer.eod_id)
     arguments = compile_sft(recipe, stage, run_dir, manifest.training.sequences, load)

@@ -7,8 +7,11 @@ import pytest
 
 from data_prep.manifest import DataError
 from tests.training.factory import FIRST, SECOND, make_recipe
+from training import handoff
 from training.files import digest_folder
 from training.handoff import Decision, FileRecord, Handoff, Refused, latest_step, resolve, training_digest, write_start
+from training.imported import main as imported_command
+from training.imported import write_handoff
 
 LAYOUT = {"gpus": 1}
 
@@ -247,3 +250,89 @@ def test_a_damaged_tracker_is_not_guessed_at(tmp_path):
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release?")
     with pytest.raises(Refused, match="holds 'release\\?', not a step"):
         latest_step(tmp_path)
+
+
+@pytest.fixture
+def imported(tmp_path, recipe):
+    """What `quarry convert` leaves of a Hugging Face folder."""
+    folder = tmp_path / "granite"
+    checkpoint = folder / "checkpoints" / "iter_0000000"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "__0_0.distcp").write_bytes(b"weights")
+    (folder / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("0")
+    described = {
+        "model": recipe.model.model_dump(mode="json"),
+        "rope_base": FIRST["rope_base"],
+        "max_position_tokens": 64,
+        "tokenizer": {"kind": "huggingface", "path": str(folder / "tokenizer"), "sha256": "t" * 64, "vocab_size": 256},
+    }
+    (folder / "model.json").write_text(json.dumps(described))
+    return folder
+
+
+def begin_with(recipe, run, folder, tokenizer="t" * 64):
+    return handoff.decide(recipe, "first", run, "data", tokenizer, [], initial=str(folder))
+
+
+def test_a_first_stage_begins_with_an_imported_model(recipe, run, imported, capsys):
+    assert imported_command([str(imported)]) == 0
+    assert "initial=" in capsys.readouterr().out
+    (run / "stages" / "first" / "handoff.json").unlink()
+    (run / "stages" / "first" / "checkpoints").rename(run / "away")
+    decision = begin_with(recipe, run, imported)
+    assert (decision.kind, decision.reason) == ("first_start", "hand-off of the imported model 'granite'")
+    assert (decision.load.checkpoints, decision.load.step, decision.load.resume) == (imported / "checkpoints", 0, False)
+    # Another model is another training, though everything else is the same.
+    (imported / "checkpoints" / "iter_0000000" / "__0_0.distcp").write_bytes(b"others!")
+    with pytest.raises(Refused, match="was altered"):
+        begin_with(recipe, run, imported)
+    write_handoff(imported)
+    assert begin_with(recipe, run, imported).training_digest != decision.training_digest
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"num_layers": 99}}, "architecture differs: model.num_layers is 99"),
+        ({"tokenizer": {"sha256": "u" * 64}}, "tokenizer differs"),
+        ({"rope_base": 5000.0}, "was trained with 5000; set it to that"),
+    ],
+)
+def test_an_imported_model_that_does_not_fit_is_refused(recipe, tmp_path, imported, change, message):
+    described = json.loads((imported / "model.json").read_text())
+    for key, value in change.items():
+        described[key] = described[key] | value if isinstance(value, dict) else value
+    (imported / "model.json").write_text(json.dumps(described))
+    write_handoff(imported)
+    with pytest.raises(Refused, match=message):
+        begin_with(recipe, tmp_path / "run", imported)
+
+
+def test_a_first_stage_begins_with_a_stage_of_another_run(recipe, run, tmp_path):
+    """Whatever that has trained: the count of this curriculum begins anew."""
+    edit(run, total_tokens=12345)
+    decision = begin_with(recipe, tmp_path / "another", run / "stages" / "first")
+    assert decision.reason == "hand-off of 'first'"
+
+
+def test_a_folder_without_a_hand_off_is_no_initial_model(recipe, tmp_path, imported):
+    with pytest.raises(Refused, match=r"first.initial is .*granite, which holds no handoff.json.*quarry convert"):
+        begin_with(recipe, tmp_path / "run", imported)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is no JSON"),
+        ('{"tokenizer": null}', "names no tokenizer"),
+        ('{"tokenizer": {"sha256": "t"}}', "'model' is missing"),
+        (None, "does not exist"),
+    ],
+)
+def test_what_is_no_converted_model_gets_no_hand_off(imported, content, message, capsys):
+    (imported / "model.json").unlink()
+    if content is not None:
+        (imported / "model.json").write_text(content)
+    assert imported_command([str(imported)]) == 78
+    assert message in capsys.readouterr().err
+    assert not (imported / "handoff.json").exists()

@@ -22,33 +22,46 @@ from training import fast_import, pretrain
 from training.arguments import Load
 from training.exit_codes import FINISHED, REQUEUE
 from training.files import digest_folder, read_json_lines
-from training.handoff import Decision, Drawn, FileRecord, Handoff, Refused, decide, latest_step, write_start
+from training.handoff import (
+    Decision,
+    Drawn,
+    FileRecord,
+    Handoff,
+    Refused,
+    decide,
+    latest_step,
+    predecessor,
+    read_predecessor,
+    write_start,
+)
 from training.metrics import MetricsLog
 from training.rl.grpo import REFUSALS, Boundary, Inputs, load_arguments, parse_load, read_inputs, run_rank
 from training.rl.job import RESUMABLE_CHANGES, Initial, Job
 from training.versions import versions
 
 
-def make_job(recipe: Recipe, stage: str, run_dir: Path) -> tuple[Job, Handoff]:
-    """The stage as a job, and the hand-off that it starts from; raises Refused or RecipeError."""
+def make_job(recipe: Recipe, stage: str, run_dir: Path) -> tuple[Job, dict[str, Any]]:
+    """The stage as a job, and the record of its data's tokenizer; raises Refused, RecipeError or DataError."""
     own = recipe.grpo[stage]
-    before = recipe.previous(stage)
+    before = predecessor(recipe, stage, run_dir, own.initial)
     if before is None:
         raise RecipeError(
-            f"grpo stage '{stage}' is the first stage: there is no model to start from; put a phase or sft before it"
+            f"grpo stage '{stage}' is the first stage: there is no model to start from; put a phase or sft before it, or give "
+            f"grpo.{stage}.initial"
         )
-    previous = Handoff.read(run_dir / "stages" / before)
+    previous = read_predecessor(recipe, stage, before)
     if previous.checkpoint is None:
-        raise Refused(f"stage '{before}' is an export and leaves no checkpoint; put it after all stages")
-    checkpoint = run_dir / "stages" / before / previous.checkpoint
+        raise Refused(f"stage '{before.name}' is an export and leaves no checkpoint; put it after all stages")
+    checkpoint = (before / previous.checkpoint).resolve()
+    tokenizer = HeldoutManifest.read(heldout_path(Path(recipe.data.root))).tokenizer.model_dump(mode="json")
     job = job_of(
         recipe,
         stage,
-        tokenizer=str((Path(recipe.data.root) / previous.tokenizer["path"]).resolve()),
+        tokenizer=str((Path(recipe.data.root) / tokenizer["path"]).resolve()),
         prompts=[str(path) for path in prompt_paths(own, stage, Path(recipe.data.root))],
         initial=Initial(checkpoints=str(checkpoint.parent), step=int(checkpoint.name.removeprefix("iter_"))),
     )
-    return job, previous
+    return job, tokenizer
 
 
 def job_of(recipe: Recipe, stage: str, *, tokenizer: str, prompts: list[str], initial: Initial | None) -> Job:
@@ -79,7 +92,8 @@ def _resolve(recipe: Recipe, stage: str, run_dir: Path, job: Job, inputs: Inputs
         }
     )
     seen = as_phase(recipe, stage)
-    return decide(seen, stage, run_dir, data_digest, inputs.tokenizer.digest, [], verify_files=verify_files)
+    initial = recipe.grpo[stage].initial
+    return decide(seen, stage, run_dir, data_digest, inputs.tokenizer.digest, [], initial=initial, verify_files=verify_files)
 
 
 def run_grpo(recipe: Recipe, stage: str, run_dir: Path) -> int:
@@ -91,7 +105,7 @@ def run_grpo(recipe: Recipe, stage: str, run_dir: Path) -> int:
     first_node = os.environ.get("NODE_RANK", "0") == "0"  # one node of a job reads all files
     began = time.monotonic()
     try:
-        job, previous = make_job(recipe, stage, run_dir)
+        job, tokenizer = make_job(recipe, stage, run_dir)
         inputs = read_inputs(job)
         decision = _resolve(recipe, stage, run_dir, job, inputs, verify_files=first_node)
     except REFUSALS as error:
@@ -106,7 +120,7 @@ def run_grpo(recipe: Recipe, stage: str, run_dir: Path) -> int:
     )
     if decision.kind == "first_start":
         write_start(stage_dir, decision)
-    pretrain.write_model_json(as_phase(recipe, stage), stage, stage_dir, previous.tokenizer)
+    pretrain.write_model_json(as_phase(recipe, stage), stage, stage_dir, tokenizer)
     job.write(stage_dir / "job.json")
     if recipe.cluster.gpu == "cpu":
         pretrain.import_megatron(recipe)
@@ -130,7 +144,9 @@ def rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, training_
 def _boundary(recipe: Recipe, stage: str, run_dir: Path, job: Job, training_digest: str) -> Boundary:
     """Held-out losses at both ends, the gate against the hand-off before, and this stage's own hand-off."""
     stage_dir, data_root = run_dir / "stages" / stage, Path(recipe.data.root)
-    previous = Handoff.read(run_dir / "stages" / str(recipe.previous(stage)))
+    before = predecessor(recipe, stage, run_dir, recipe.grpo[stage].initial)
+    assert before is not None, "checked by make_job"
+    previous = Handoff.read(before)
     manifest = HeldoutManifest.read(heldout_path(data_root))
 
     def evaluate(model: list[Any]) -> dict[str, float]:
@@ -150,7 +166,7 @@ def _boundary(recipe: Recipe, stage: str, run_dir: Path, job: Job, training_dige
         seen, at = as_phase(recipe, stage), SimpleNamespace(model=model)
         losses = pretrain.evaluate_through_gate(seen, stage, at, previous, manifest.digest, lambda at: evaluate(at.model))
         if torch.distributed.get_rank() == 0:
-            metrics.append_heldout(when="start", step=0, total_tokens=previous.total_tokens, losses=losses)
+            metrics.append_heldout(when="start", step=0, total_tokens=recipe.tokens_before(stage), losses=losses)
 
     def end(model: list[Any], metrics: MetricsLog) -> None:
         import torch
@@ -164,7 +180,7 @@ def _boundary(recipe: Recipe, stage: str, run_dir: Path, job: Job, training_dige
                 f"{stage_dir}: the last checkpoint is of step {step}, the stage has {job.grpo.steps}; no hand-off is written"
             )
         last = read_json_lines(stage_dir / "metrics.jsonl")[-1]
-        metrics.append_heldout(when="end", step=step, total_tokens=previous.total_tokens, losses=losses)
+        metrics.append_heldout(when="end", step=step, total_tokens=recipe.tokens_before(stage), losses=losses)
         checkpoint = f"checkpoints/iter_{step:07d}"
         drawn = {"rollouts": Drawn(samples=job.grpo.steps * job.grpo.samples_per_step, tokens=last["stage_tokens"])}
         previous.model_copy(
@@ -173,6 +189,7 @@ def _boundary(recipe: Recipe, stage: str, run_dir: Path, job: Job, training_dige
                 "kind": "grpo",
                 "step": step,
                 "stage_tokens": last["stage_tokens"],
+                "total_tokens": recipe.tokens_before(stage),
                 "checkpoint": checkpoint,
                 "checkpoint_files": {k: FileRecord.model_validate(v) for k, v in digest_folder(stage_dir / checkpoint).items()},
                 "recipe_digest": recipe.digest(),
@@ -187,6 +204,7 @@ def _boundary(recipe: Recipe, stage: str, run_dir: Path, job: Job, training_dige
                 "heldout_bound": None,
                 "heldout_answers": None,
                 "heldout_digest": manifest.digest,
+                "tokenizer": manifest.tokenizer.model_dump(mode="json"),
                 "versions": versions(),
             }
         ).write(stage_dir)
