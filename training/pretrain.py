@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -255,7 +256,7 @@ def import_megatron(recipe: Recipe) -> None:
 
 def import_megatron_on(gpu: str) -> None:
     """The same for ranks that run on `gpu` (Cluster.gpu)."""
-    with fast_import.quick_imports():
+    with fast_import.quick_imports(), fast_import.without_unused_torch() if gpu == "cpu" else contextlib.nullcontext():
         if gpu == "cpu":
             from training import cpu_backend, cpu_optimizer
 

@@ -283,4 +283,4 @@ def free_port() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    fast_import.leave(main())  # its ranks have ended: tearing the modules down would take as long as a small save
