@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from recipes import grpo_stage, sft_stage
+from recipes.ab_arms import ARMS, arm_phase
 from recipes.flops import flops_per_token
 from recipes.gpus import GPUS, Gpu
 from recipes.memory import rank_memory
@@ -18,7 +19,7 @@ from recipes.schema import Phase, Recipe
 from recipes.throughput import Job, StepTime, step_time
 
 FORMAT = "quarry.plan/1"
-DEMANDING = ("phase", "sft", "grpo")
+DEMANDING = ("phase", "sft", "grpo", "ab")
 """Kinds of stages that train, and so have a layout."""
 
 
@@ -77,6 +78,8 @@ def stage_phase(recipe: Recipe, stage: str) -> Phase | None:
         return sft_stage.as_phase(recipe, stage, sequences=recipe.sft[stage].global_batch_sequences).phase[stage]
     if kind == "grpo":
         return grpo_stage.as_phase(recipe, stage).phase[stage]
+    if kind == "ab":  # what the gate tries
+        return arm_phase(recipe, stage, "b")
     return None
 
 
@@ -118,10 +121,12 @@ def estimate(
     fine-tuning stages whose data are prepared."""
     kind = recipe.stage_kind(stage)
     phase, gpu = stage_phase(recipe, stage), gpu_of(recipe)
+    if kind == "ab" and gpu is not None:
+        return _gate(recipe, stage, gpu, gpu.price_per_hour if price_per_gpu_hour is None else price_per_gpu_hour)
     if phase is None:
         return StageEstimate(stage, kind, unknown="reads and writes checkpoints, in minutes on one node: not modelled")
     flops = flops_per_token(recipe.model, phase.seq_length_tokens)
-    steps, tokens = (phase.steps, phase.tokens) if kind != "sft" else (None, None)
+    steps, tokens = (phase.steps, phase.tokens) if kind in ("phase", "grpo") else (None, None)
     unknown = None
     if kind == "sft":
         unknown = "steps follow from the data, which are not prepared yet"
@@ -154,6 +159,32 @@ def estimate(
         hours=hours,
         gpu_hours=gpu_hours,
         cost=None if gpu_hours is None else gpu_hours * price,
+    )
+
+
+def _gate(recipe: Recipe, stage: str, gpu: Gpu, price: float) -> StageEstimate:
+    """Both arms of a gate, one after the other in one job; speed and utilisation are of both together, without their held-out losses."""
+    phases = [arm_phase(recipe, stage, name) for name in ARMS]
+    jobs = [job_of(recipe, phase, gpu) for phase in phases]
+    times = [step_time(job) for job in jobs]
+    steps, gpus = recipe.ab[stage].steps, max(phase.parallel.gpus for phase in phases)
+    hours = sum(steps * time.total for time in times) / 3600
+    tokens = sum(steps * phase.tokens_per_step for phase in phases)
+    flops, speed = flops_per_token(recipe.model, phases[0].seq_length_tokens), tokens / (hours * 3600 * gpus)
+    return StageEstimate(
+        stage,
+        "ab",
+        gpus=gpus,
+        memory_bytes=max(job_memory_bytes(recipe, job) for job in jobs),
+        flops_per_token=flops,
+        tokens=tokens,
+        steps=len(phases) * steps,
+        step_seconds=sum(time.total for time in times) / len(times),
+        tokens_per_second_per_gpu=speed,
+        mfu=speed * flops / gpu.peak_bf16_flops,
+        hours=hours,
+        gpu_hours=hours * gpus,
+        cost=hours * gpus * price,
     )
 
 

@@ -118,14 +118,16 @@ def curriculum_table(recipe: Recipe, every: Sequence[StageEstimate]) -> Table:
             continue
         cells = [
             f"[bold]{each.stage}[/]",
-            "-" if each.tokens is None else f"[bold]{human_tokens(phase.tokens_requested or each.tokens)}[/]",
+            "-"
+            if each.tokens is None
+            else f"[bold]{human_tokens((each.kind == 'phase' and phase.tokens_requested) or each.tokens)}[/]",
             f"{phase.global_batch_samples}x{human_length(phase.seq_length_tokens)}",
             human_base(phase.rope_base),
             _schedule_text(recipe, each),
             layout_text(phase),
             f"{phase.parallel.gpus}",
         ]
-        table.add_row(*cells, *_figures(each, gpu.memory_bytes if gpu else 0)[0 if gpu else 1 : None if gpu else 2])
+        table.add_row(*cells, *(_figures(each) if gpu else _figures(each)[1:2]))
     if sums:
         blank = [""] * 9
         figures = [human_hours(sums.hours), human_tokens(sums.gpu_hours), human_dollars(sums.cost)]
@@ -142,20 +144,19 @@ def _schedule_text(recipe: Recipe, each: StageEstimate) -> str:
     if each.kind == "sft":
         sft = recipe.sft[each.stage]
         return f"linear 0→{human_lr(sft.peak_lr)}→{human_lr(sft.end_lr)}"
+    if each.kind == "ab":
+        return f"gate, {recipe.ab[each.stage].steps:,} steps twice"
     return f"const {human_lr(recipe.grpo[each.stage].learning_rate)}"
 
 
-def _figures(each: StageEstimate, memory_bytes: int) -> list[str]:
+def _figures(each: StageEstimate) -> list[str]:
     """Memory, FLOPs per token, speed, MFU, time, GPU-hours and cost; '-' for what is not known."""
 
     def text(value: float | None, form: str) -> str:
         return "-" if value is None else form.format(value)
 
-    memory = text(None if each.memory_bytes is None else each.memory_bytes / 1e9, "{:.0f}")
-    if each.memory_bytes is not None and each.memory_bytes > memory_bytes:
-        memory = f"[red]{memory}![/]"
     return [
-        memory,
+        text(None if each.memory_bytes is None else each.memory_bytes / 1e9, "{:.0f}"),
         text(None if each.flops_per_token is None else each.flops_per_token / 1e9, "{:.3g}"),
         text(each.tokens_per_second_per_gpu, "{:,.0f}"),
         text(each.mfu, "{:.0%}"),
@@ -212,9 +213,6 @@ def notes(recipe: Recipe, every: Sequence[StageEstimate] | None = None) -> Itera
         if each.unknown and each.kind in ("sft", "grpo"):
             reasons.setdefault(each.unknown, []).append(each.stage)
     yield from (f"{', '.join(stages)}: {reason}" for reason, stages in reasons.items())
-    full = [e.stage for e in every if gpu and e.memory_bytes and e.memory_bytes > gpu.memory_bytes]
-    if gpu and full:
-        yield f"[red]{', '.join(full)}: more than the {gpu.name.upper()} has[/]; quarry plan --search --stage {full[0]} finds layouts that fit"
     yield from _post_training_notes(recipe)
     precisions: dict[str, list[str]] = {}
     for stage in recipe.stages:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import resource
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launchers.cli import main
 from recipes.compose import compose
 from recipes.flops import flops_per_token, parameters
 from recipes.plan import (
@@ -111,7 +113,7 @@ def test_notes_name_jumps_and_what_is_not_run(granite_4_1: Recipe, changed) -> N
         notes(changed(granite_4_1, stages=["foundation", "capability", "annealing", "final_annealing", "long_32k"]))
     )
     assert "long_32k: learning rate jumps: each long-context stage runs from 1e-4 to zero" in text
-    assert "not run: long_128k, long_512k, merge_32k, merge_128k, merge_512k, export" in text
+    assert "not run: long_128k, long_512k, merge_32k, merge_128k, merge_512k, sft" in text
 
 
 def test_two_phases_that_change_one_mixture_get_a_line_each(five_phase: Recipe, changed) -> None:
@@ -148,6 +150,39 @@ def test_cfg_prints_yaml_even_of_a_recipe_that_the_linter_refuses() -> None:
     done = quarry("--cfg", "curriculum=smoke", "phase.foundation.rope_base=10000.5")
     assert done.returncode == 0
     assert "rope_base: 10000.5" in done.stdout
+
+
+def test_json_of_the_plan_with_gpu_and_price(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "curriculum=granite_4_1", "--gpu", "h200", "--price-per-gpu-hour", "2", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["gpu"], data["price_per_gpu_hour"]) == ("h200", 2.0)
+    assert data["total"]["cost"] == pytest.approx(2 * data["total"]["gpu_hours"])
+
+
+def test_search_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--search", "--gpus", "256", "--gpu", "h100", "--stage", "long_512k", "--seq-length", "256K", "524288"]
+    assert main([*arguments, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [(d["seq_length_tokens"], d["gpus"]) for d in data] == [(262144, 256), (524288, 256)]
+    assert all(d["ranked"] for d in data)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "64"], "--gpus: it says what layouts are searched for; add --search"),
+        (["--search", "--stage", "nothing"], "--stage nothing: only phases"),
+        (["--price-per-gpu-hour", "-1"], "is no price"),
+        (["--search", "--seq-length", "8M"], "is no length"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main(["plan", *arguments])
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_args_prints_megatrons_arguments() -> None:
