@@ -22,6 +22,9 @@ OPTIMIZER_BYTES = {"bf16": 12, "fp32": 8}
 PARAMETER_BYTES = {"bf16": 2, "fp32": 4}
 BUCKET_PARAMETERS = 40_000_000
 """Least size of a bucket where the gradient reduction overlaps; 1e6 per data-parallel rank if that is more."""
+SCALE_BYTES = {"blockwise": 4, "mxfp8": 1}
+SCALED_VALUES = {"blockwise": 128 * 128, "mxfp8": 32}
+"""Weights that share one scale of SCALE_BYTES; the other recipes have one scale per tensor."""
 NCCL_BYTES = 1_000_000_000
 """Allowance for NCCL's own buffers, which no allocator of ours sees: [assumed: some 10 communicators of a layout x about 100 MB each]."""
 FRAGMENTATION_SHARE = 0.05
@@ -208,7 +211,10 @@ def state_bytes(
             if mine := [weight for weight in weights if weight.fp8 == fp8]:
                 made = buckets(mine, bucket_parameters, data_parallel)
                 elements = sum(bucket.size for bucket in made)
-                parameters += elements * (1 if fp8 else PARAMETER_BYTES[precision.dtype])
+                if not fp8:
+                    parameters += elements * PARAMETER_BYTES[precision.dtype]
+                elif precision.fp8 != "mxfp8":  # whose parameters are gathered through the gradients' buffer and lie elsewhere
+                    parameters += elements
                 gradients += elements * GRADIENT_BYTES
                 every += made
     if data_rank is None:
@@ -219,15 +225,18 @@ def state_bytes(
 
 
 def fp8_weights_bytes(model: Model, parallel: Parallel, precision: Precision, pipeline_rank: int) -> int:
-    """FP8 copies of weights: as they are and transposed, kept from the first micro batch of a step to its last.
+    """FP8 weights beside Megatron's buffers: by rows and by columns (transposed), which Transformer Engine keeps from the first micro batch
+    of a step to its last, each with its scales. With fp8_param_gather the parameter itself is the one by rows, but for mxfp8.
 
-    With fp8_param_gather the parameter is the first of the two.
+    Of one scale per tensor Hopper needs both; Blackwell multiplies without the transposed one, and is counted as Hopper.
     """
     layers = [i for c in range(parallel.virtual_pipeline or 1) for i in chunk_layers(model, parallel, pipeline_rank, c)]
     in_fp8 = fp8_layers(model, precision)
     attention = 2 * model.hidden_size * model.head_dim * (model.num_attention_heads + model.num_query_groups)
     matrices = (attention + 3 * model.hidden_size * model.ffn_hidden_size) // parallel.tensor
-    return sum(in_fp8[i] for i in layers) * matrices * (1 if precision.fp8_param_gather else 2)
+    copies = 1 if precision.fp8_param_gather and precision.fp8 != "mxfp8" else 2
+    values = sum(in_fp8[i] for i in layers) * matrices * copies
+    return values + values * SCALE_BYTES.get(precision.fp8 or "", 0) // SCALED_VALUES.get(precision.fp8 or "", 1)
 
 
 def communication_bytes(model: Model, parallel: Parallel, precision: Precision, tokens: int, pipeline_rank: int) -> int:

@@ -1,4 +1,5 @@
-"""Builds one rank's slice of a model in Megatron, without other ranks, and says what it allocates (`state`) or saves (`saved`).
+"""Builds one rank's slice of a model in Megatron, without other ranks, and says what it allocates (`state`), saves (`saved`) or
+counts (`flops`).
 
     python -m tests.recipes.slice_worker < JOBS.json     # a list of jobs, see `Job`; prints a list of results
 
@@ -58,7 +59,7 @@ logging.disable(logging.WARNING)  # Megatron logs every bucket
 @dataclasses.dataclass
 class Job:
     kind: str
-    """state or saved."""
+    """state, saved or flops."""
     recipe: dict[str, Any]
     stage: str
     rank: int
@@ -66,6 +67,8 @@ class Job:
     """Parameters in Transformer Engine's order."""
     fp8_parameters: list[int] | None = None
     """Matrices are FP8 parameters in all layers but this many at the start and the end; None: in none."""
+    documents_tokens: list[int] | None = None
+    """Lengths of the documents of a batch (flops)."""
 
 
 class NormInside(tensor_parallel.ColumnParallelLinear):
@@ -226,6 +229,17 @@ def saved(job: Job) -> dict[str, Any]:
     }
 
 
+def flops(job: Job) -> dict[str, Any]:
+    """Megatron's own count for one global batch, and for a batch of documents that see only themselves."""
+    recipe, args = rank_of(job)
+    batch = recipe.phase[job.stage].global_batch_samples
+    lengths = job.documents_tokens or []
+    return {
+        "batch": upstream.num_floating_point_operations(args, batch),
+        "documents": upstream.num_floating_point_operations(args, batch, sum(n * n for n in lengths), sum(lengths)),
+    }
+
+
 def main() -> int:
     out = []
     for values in json.load(sys.stdin):
@@ -234,7 +248,7 @@ def main() -> int:
             os.close(read)
             with os.fdopen(write, "w") as f:
                 job = Job(**values)
-                json.dump({"state": state, "saved": saved}[job.kind](job), f)
+                json.dump({"state": state, "saved": saved, "flops": flops}[job.kind](job), f)
             fast_import.leave(0)
         os.close(write)
         with os.fdopen(read) as f:
