@@ -29,6 +29,7 @@ def test_built_in_prompts_are_made_once_and_their_references_hold(tmp_path):
     assert len(prompts) == len(set(questions)) == 96
     for question, prompt in zip(questions, prompts, strict=True):
         left, sign, right = question.split(":")[-1].replace("=", " ").replace("?", " ").split()[:3]
+        assert prompt["reference"] in "0123456789"
         assert int(prompt["reference"]) == int(left) + (1 if sign == "+" else -1) * int(right)
     assert prepare_prompts(stage(max_prompts=95), "math", tmp_path) != [path]
 
