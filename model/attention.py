@@ -25,6 +25,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from model.packing import zigzag_positions
 
@@ -92,7 +93,12 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
         out, end = [], keys - queries
         for block in query.split(BLOCK_QUERIES):
             end += block.size(0)
-            out.append(causal_attention(block, key[:end], value[:end], scale))
+            # Recomputed for the backward pass: SDPA would keep the masks of all blocks for it, together as large as the whole.
+            out.append(
+                checkpoint(
+                    causal_attention, block, key[:end], value[:end], scale, use_reentrant=False, preserve_rng_state=False
+                )
+            )
         return torch.cat(out)
     # A mask only where none of SDPA's own cases fits: square causal has is_causal (half the work), one query sees every key.
     make = _mask if queries * keys <= KEPT_MASK_BYTES else _mask.__wrapped__
