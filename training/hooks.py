@@ -26,7 +26,7 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 from megatron.training import get_args, print_rank_0
 from megatron.training.utils import is_last_rank
 
-from training import data, recorder
+from training import data, recorder, startup
 from training.exit_codes import SuspiciousResult
 from training.handoff import latest_step
 from training.metrics import MetricsLog
@@ -73,7 +73,9 @@ class PhaseHooks:
         upstream.train = self.train
 
     def setup_model_and_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        startup.mark("process groups")
         self.model, self.optimizer, scheduler = self._setup(*args, **kwargs)
+        startup.mark("model")
         self.loaded_step = self.last_logged_step = get_args().iteration
         if is_last_rank():
             self.metrics.start(self.loaded_step)
@@ -89,8 +91,10 @@ class PhaseHooks:
         return self.scheduler
 
     def load_checkpoint(self, model: Any, optimizer: Any, scheduler: Any, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        startup.mark("model")
         hyper = [(group["betas"], group["eps"]) for group in optimizer.param_groups]
         step, flops = self._load(model, optimizer, scheduler, *args, **kwargs)
+        startup.mark("checkpoint")
         if not self.first_start:
             return step, flops
         for group, (betas, eps) in zip(optimizer.param_groups, hyper, strict=True):
@@ -115,7 +119,9 @@ class PhaseHooks:
             prune(checkpoints, self.keep_checkpoints)
 
     def train(self, forward_step_func: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        startup.mark("data set")
         self.before_training(self)
+        startup.mark("held-out losses")
         if recorder.asked_for():
             data.recorder = recorder.SampleRecorder(self.stage_dir, self.loaded_step)
         self.metrics.start_clock()
@@ -132,6 +138,9 @@ class PhaseHooks:
             data.recorder.commit(iteration, skipped=bool(args[2]))
         megatron_args = get_args()
         logged = iteration % megatron_args.log_interval == 0 or iteration == megatron_args.train_iters
+        startup.mark("first step")
+        if is_last_rank():
+            startup.report(self.stage_dir, iteration)
         if not is_last_rank() or not logged:
             return result  # reading the loss waits for the GPU: not on steps that nobody looks at
         # Positional after `iteration`: loss_scale, report_memory_flag, skipped_iter, grad_norm.

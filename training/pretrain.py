@@ -16,7 +16,7 @@ from typing import Any
 from data_prep.files import write_json
 from recipes.schedules import learning_rate_function
 from recipes.schema import Recipe
-from training import disk, fast_import, rank_end, stacks
+from training import disk, fast_import, rank_end, stacks, startup
 from training.arguments import Load, add_granite_arguments, compile_phase
 from training.exit_codes import DISK_FULL, FINISHED, REFUSED
 from training.files import digest_folder
@@ -51,6 +51,7 @@ def run_rank(
     write of any kind found no space; REFUSED, SUSPICIOUS.
     """
     stage_dir = run_dir / "stages" / stage
+    startup.mark("ranks")
     stacks.separate_rank(stage_dir, int(os.environ["RANK"]))
     checkpoints = stage_dir / "checkpoints"  # may be a mount of its own
     witness = disk.Witness()
@@ -97,6 +98,7 @@ def _run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, trai
     args.variable_seq_lengths = phase.packed_lengths_vary
     if args.rank == 0:
         (stage_dir / "args.txt").write_text("\n".join(arguments) + "\n")
+    startup.mark("arguments")
 
     def evaluate(hooks: PhaseHooks) -> dict[str, float]:
         config = upstream.get_model_config(hooks.model[0])
@@ -252,6 +254,7 @@ def leave_group() -> None:
 def import_megatron(recipe: Recipe) -> None:
     """Import Megatron once, behind the CPU backend where the recipe's cluster has no GPU. Idempotent."""
     import_megatron_on(recipe.cluster.gpu)
+    startup.mark("imports")
 
 
 def import_megatron_on(gpu: str) -> None:
@@ -374,6 +377,7 @@ def main(
     rank_main: Callable[[Recipe, str, Path, Load | None, str], int] = run_rank,
 ) -> int:
     """A rank under torchrun."""
+    startup.begin()
     parser = argparse.ArgumentParser(prog=f"python -m {program}", description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--stage", required=True)

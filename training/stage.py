@@ -25,7 +25,7 @@ from types import FrameType
 
 from recipes.schema import Recipe, RecipeError
 from recipes.slurm_options import slurm_options
-from training import disk, fast_import, stacks, wandb_log
+from training import disk, fast_import, stacks, startup, wandb_log
 from training.exit_codes import DISK_FULL, FINISHED, REFUSED, REQUEUE
 
 # After the first rank died the others wait in a collective for it; gloo notices in milliseconds, so this is generous.
@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run-dir", type=Path, required=True, help="folder of the run; holds recipe.json")
     parser.add_argument("--stage", required=True)
     options = parser.parse_args(argv)
+    startup.begin()
+    startup.mark("interpreter")
     stacks.on_request()
     try:
         return run_stage(options.run_dir, options.stage)
@@ -126,6 +128,7 @@ def run_phase(recipe: Recipe, stage: str, run_dir: Path) -> int:
     if decision.kind == "first_start":
         write_start(stage_dir, decision)
     write_model_json(recipe, stage, stage_dir, mixture.tokenizer.model_dump(mode="json"))
+    startup.mark("verification")
 
     if recipe.cluster.gpu == "cpu":
         from training.pretrain import import_megatron, run_rank
@@ -268,7 +271,7 @@ def torchrun(world: int, key: str, program: list[str], *, stage_dir: Path, grace
         *program,
     ]
     # CUDA_DEVICE_MAX_CONNECTIONS=1 orders communication before computation, which overlap with TP and CP needs on Hopper.
-    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ}
+    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ, **startup.environment()}
     process = subprocess.Popen(command, env=environment)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, f: process.send_signal(signal.SIGTERM))
