@@ -79,15 +79,17 @@ def overview(progress: RunProgress) -> Group:
     eta = progress.eta_seconds
     line = f"{progress.state}: {text.tokens(trained)} of {text.tokens(planned)} tokens, {text.duration(progress.wall_seconds)} in stages"
     if eta and progress.state != "finished":
-        line += f", about {text.duration(eta)} left"
-        if progress.not_estimated:
-            line += f" without {', '.join(progress.not_estimated)} (not known yet)"
+        line += f", about {text.duration(eta)} left{_unknown(progress)}"
     notes = [
         Text(f"{s.stage}: {s.reason}", style=STYLES[s.state]) for s in progress.stages if s.reason and s.state != "finished"
     ]
     if progress.data_failure:
         notes.insert(0, Text(f"data: {progress.data_failure}", style=STYLES["failed"]))
     return Group(stage_table(progress), Text(line, style=STYLES[progress.state]), *notes)
+
+
+def _unknown(progress: RunProgress) -> str:
+    return f" without {', '.join(progress.not_estimated)} (not known yet)" if progress.not_estimated else ""
 
 
 class View:
@@ -139,7 +141,7 @@ class View:
                 continue
             self._last_line = line
             eta = self.progress.eta_seconds
-            self.say(line + (f"  chain about {text.duration(eta)} left" if eta else ""))
+            self.say(line + (f"  chain about {text.duration(eta)} left{_unknown(self.progress)}" if eta else ""))
 
 
 def plain_line(s: StageProgress) -> str:

@@ -303,6 +303,8 @@ def _check_previous(recipe: Recipe, stage: str, previous: Handoff, tokenizer_sha
     for key, theirs in previous.model.model_dump().items():
         if key in ("name", "published_parameters", "released_rope_base", "released_max_position_tokens", "init_std"):
             continue  # do not enter the computation of a trained model
+        if key == "mup_base_hidden_size" and previous.kind == "import":
+            continue  # GraniteConfig has none; it decides learning rates only, and those are this recipe's
         if theirs != ours[key]:
             problems.append(
                 f"architecture differs: model.{key} is {theirs} in the hand-off of '{previous.stage}', {ours[key]} in the recipe; "

@@ -175,11 +175,13 @@ def test_sources_that_no_container_would_see_are_refused_by_key(here: Any, paths
 
 
 def test_prompts_are_inputs_of_the_stages_that_run(here: Any) -> None:
-    grpo = {name: SimpleNamespace(prompts=[f"{name}.jsonl"]) for name in ("math", "left_out")}
+    grpo = {name: SimpleNamespace(prompts=[f"{name}.jsonl"], initial=None) for name in ("math", "left_out")}
     recipe = on_docker(here)
     stub = SimpleNamespace(data=recipe.data, sft={}, grpo=grpo, stages=[*recipe.stages, "math"])
     assert _inputs(stub)[-1] == ("grpo.math.prompts", "math.jsonl")
     assert len(_inputs(stub)) == len(_inputs(recipe)) + 1
+    grpo["math"].initial = "models/granite"
+    assert _inputs(stub)[-1] == ("grpo.math.initial", "models/granite")
 
 
 def test_an_image_is_needed_to_launch(here: Any) -> None:

@@ -92,3 +92,15 @@ def test_no_phase_comes_after_it(recipe: Recipe) -> None:
     stages = ["foundation", "sft", "capability", "export"]
     problems = lint(Recipe.model_validate(recipe.model_dump(mode="json") | {"stages": stages}))
     assert any("pre-training would go on after fine-tuning, with capability" in str(p) for p in problems)
+
+
+def test_the_first_stage_begins_with_a_model_of_elsewhere(recipe: Recipe) -> None:
+    values = recipe.model_dump(mode="json") | {"stages": ["sft", "export"]}
+    values["sft"]["sft"]["rope_base"] = 1e7
+    (problem,) = lint(Recipe.model_validate(values))
+    assert "no model to start from" in str(problem)
+    assert "give sft.sft.initial" in problem.remedy
+    values["sft"]["sft"]["initial"] = "models/granite"
+    assert lint(Recipe.model_validate(values)) == []
+    values["stages"] = recipe.stages
+    assert any(p.key == "sft.sft.initial" and "annealing hands on" in p.rule for p in lint(Recipe.model_validate(values)))

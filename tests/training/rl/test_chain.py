@@ -11,7 +11,7 @@ import pytest
 
 from recipes.schema import Recipe
 from tests.training.factory import read_checkpoint
-from tests.training.sft_factory import VOCAB_SIZE, make_data, make_recipe
+from tests.training.sft_factory import LENGTH, MODEL, VOCAB_SIZE, losses_alone, make_data, make_recipe
 from training import arguments
 from training.files import read_json_lines
 
@@ -60,13 +60,62 @@ def run(tmp_path_factory):
     folder = root / "run"
     folder.mkdir()
     Recipe.model_validate(raw).write(folder / "recipe.json")
-    drive(root, f"{folder}:warm", f"{folder}:reinforce")
+    others = first_stages(root, raw, folder / "stages" / "warm")
+    drive(root, f"{folder}:warm", f"{folder}:reinforce", *others)
     # Everything is trained and saved, only the hand-off is missing.
     copy = root / "killed"
     shutil.copytree(folder, copy)
     (copy / "stages" / "reinforce" / "handoff.json").unlink()
     drive(root, f"{copy}:reinforce", f"{folder}:export")
     return folder
+
+
+def first_stages(root, raw, finished):
+    """Chains of one stage, RUN:STAGE: fine-tuning of a Hugging Face model, and reinforcement of what the stage in `finished` hands off."""
+    import torch
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    from model.convert import convert
+    from training.imported import write_handoff
+
+    torch.manual_seed(3)
+    names = {
+        "ffn_hidden_size": "intermediate_size",
+        "num_layers": "num_hidden_layers",
+        "num_query_groups": "num_key_value_heads",
+    }
+    names |= {"tied_embeddings": "tie_word_embeddings", "norm_epsilon": "rms_norm_eps", "init_std": "initializer_range"}
+    config = GraniteConfig(
+        **{
+            names.get(key, key): value
+            for key, value in MODEL.items()
+            if not key.startswith(("name", "mup", "released", "published"))
+        },
+        max_position_embeddings=LENGTH,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )
+    GraniteForCausalLM(config).save_pretrained(root / "hf")
+    heldout = json.loads((root / "data" / "heldout" / "manifest.json").read_text())
+    convert(root / "hf", root / "imported", tokenizer_record=heldout["tokenizer"])
+    write_handoff(root / "imported")
+    sft = make_recipe(root, {"gpus": 2, "pipeline": 2}, initial=str(root / "imported"), epochs=1).model_dump(mode="json")[
+        "sft"
+    ]["sft"]
+    chains = {
+        "tune": {"stages": ["sft"], "grpo": {}, "export": {}, "sft": {"sft": sft}},
+        "reinforce": {
+            "stages": ["again"],
+            "export": {},
+            "sft": {},
+            "grpo": {
+                "again": raw["grpo"]["reinforce"] | {"initial": str(finished), "steps": 1, "parallel": {"name": "1", "gpus": 1}}
+            },
+        },
+    }
+    for name, chain in chains.items():
+        (root / name).mkdir()
+        Recipe.model_validate(raw | chain).write(root / name / "recipe.json")
+    return [f"{root / 'tune'}:sft", f"{root / 'reinforce'}:again"]
 
 
 def drive(root, *jobs):
@@ -135,6 +184,38 @@ def test_what_is_exported_is_what_was_reinforced(run):
     assert embedding.shape[0] == VOCAB_SIZE
     torch.testing.assert_close(model.get_input_embeddings().weight.detach(), embedding, rtol=0, atol=0)
     assert not embedding.equal(read_checkpoint(run / "stages" / "warm")["embedding.word_embeddings.weight"])
+
+
+def test_a_chain_begins_with_a_hugging_face_model(run):
+    """What fine-tuning measures before its first step is the loss of that very model by transformers, each sample alone."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from data_prep.sft_manifest import PackedSequences, SampleStore, SftManifest, manifest_path
+
+    root = run.parent
+    start, end = read_json_lines(root / "tune" / "stages" / "sft" / "heldout.jsonl")
+    manifest = SftManifest.read(manifest_path(root / "data", "sft"))
+    store = SampleStore(manifest, root / "data")
+    model = AutoModelForCausalLM.from_pretrained(root / "hf", dtype=torch.float32).eval()
+    numbers = PackedSequences(manifest, root / "data", manifest.heldout["chat"], store).samples
+    total, count = losses_alone(model, store, numbers)
+    assert start["answers"]["chat"] == pytest.approx(total / count, abs=1e-5)
+    assert end["answers"]["chat"] < start["answers"]["chat"] - 0.1
+    assert handoff(root / "tune", "sft")["total_tokens"] == 0
+
+
+def test_a_chain_begins_with_a_stage_of_another_run(run):
+    """Its first policy is the model that was handed off; held-out losses go through the gate as between stages."""
+    stages = run.parent / "reinforce" / "stages"
+    start, _ = read_json_lines(stages / "again" / "heldout.jsonl")
+    assert start["losses"] == pytest.approx(handoff(run, "warm")["heldout"], abs=1e-5)
+    ours, theirs = (
+        read_json_lines(stages / "again" / "metrics.jsonl")[0],
+        read_json_lines(run / "stages/reinforce/metrics.jsonl")[0],
+    )
+    assert ours["reward"] == theirs["reward"]
+    assert handoff(run.parent / "reinforce", "again")["total_tokens"] == 0
 
 
 def test_killed_before_the_hand_off(run):
