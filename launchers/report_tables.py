@@ -103,6 +103,9 @@ def _stage_row(recipe: Recipe, s: StageProgress, number: int | None, longest: fl
         words = "Hugging Face folder"
         if s.kind == "merge":
             words = " + ".join(f"{w:.3g} {name}" for name, w in recipe.merge[s.stage].inputs.items())
+        elif s.kind == "ab":
+            gate = recipe.ab[s.stage]
+            words = f"gate: {gate.steps:,} steps of {gate.phase} in two ways, apart by at most {gate.tolerance_percent:g}%"
         cells += [f'<span class="soft">{escape(words)}</span>', *[""] * 9]
     memory = f"{s.max_rss_bytes / 2**30:.1f} GiB" if s.max_rss_bytes else ""
     cells += [memory, text.duration(s.wall_seconds) if s.wall_seconds else "", _time_bar(s, longest)]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+SHOWN_CATEGORIES = 4
+"""Of the held-out losses, those that are furthest apart."""
+
 
 def verdict_lines(verdict: dict[str, Any]) -> list[str]:
     """Lines of the verdict `ab.json` holds; docs/fp8.md describes its keys."""
@@ -28,8 +31,10 @@ def verdict_lines(verdict: dict[str, Any]) -> list[str]:
             f"{statistics['max_absolute_difference_nats']:.2e} at most (step {statistics['max_at_step']})"
         )
         for when in ("start", "end"):
-            shown = ", ".join(f"{c} {p:+.3f}%" for c, p in statistics["heldout_percent"][when].items())
-            lines.append(f"  held-out loss at the {when}, b against a: {shown}")
+            percents = sorted(statistics["heldout_percent"][when].items(), key=lambda item: -abs(item[1]))
+            shown = ", ".join(f"{c} {p:+.3f}%" for c, p in percents[:SHOWN_CATEGORIES])
+            more = f" and {len(percents) - SHOWN_CATEGORIES} nearer" if len(percents) > SHOWN_CATEGORIES else ""
+            lines.append(f"  held-out loss at the {when}, b against a: {shown}{more}")
         if norms := statistics["grad_norm"]:
             lines.append(
                 f"  gradient norm: mean {norms['mean_a']:.4g} and {norms['mean_b']:.4g}, ratio {norms['mean_ratio']:.4f}; "

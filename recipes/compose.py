@@ -70,7 +70,23 @@ def composed_yaml(overrides: Sequence[str] = (), config_dirs: Iterable[Path | st
 
 def option(group: str, name: str, config_dirs: Iterable[Path | str] = ()) -> dict[str, Any]:
     """What the choice `group=name` holds, e.g. option("precision", "bf16"); RecipeError for one that does not exist."""
-    return _container([f"+{group}@extra.option={name}"], [Path(d) for d in config_dirs])["extra"]["option"]
+    import hydra
+    from omegaconf import OmegaConf
+
+    folders = [Path(d) for d in config_dirs]
+    known = known_options(group, folders)
+    if name not in known:
+        raise RecipeError(f"{group}: no '{name}'; known: {', '.join(known)}{_nearest(name, known)}")
+    _register_search_path_plugin()
+    token = _config_dirs.set(tuple(folder.resolve() for folder in folders))
+    try:
+        with hydra.initialize_config_dir(str(TREE), version_base="1.3", job_name="quarry"):
+            config = hydra.compose(f"{group}/{name}")
+    finally:
+        _config_dirs.reset(token)
+    # An option lies where its folder says: parallel/granite_4_1_8b/4k at parallel.granite_4_1_8b.
+    found = OmegaConf.select(config, f"{group}/{name}".rpartition("/")[0].replace("/", "."))
+    return OmegaConf.to_container(found, resolve=True)  # type: ignore[return-value]
 
 
 def known_options(group: str, config_dirs: Iterable[Path | str] = ()) -> list[str]:
