@@ -34,6 +34,7 @@ cpu_backend.to_cpu = to_meta  # "cuda" is the meta device
 with fast_import.quick_imports():
     cpu_backend.install()
     import torch
+    import torch._dynamo  # once, and not in every rank: operations on meta tensors ask for it
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.distributed import param_and_grad_buffer

@@ -23,24 +23,27 @@ ONE_EACH_END = {"bf16_layers_at_start": 1, "bf16_layers_at_end": 1}
 
 STATES: dict[str, tuple[str, int, bool, dict[str, Any], dict[str, Any]]] = {
     # name: model, rank, layers as Transformer Engine's, layout, precision
-    "3b dp": ("3b", 3, True, {"gpus": 256, "micro_batch_samples": 2, **OVERLAP}, {}),
-    "3b pp2, no overlap": ("3b", 4, True, {"gpus": 8, "pipeline": 2}, {}),
-    "8b 4k": ("8b", 0, True, {"gpus": 512, "tensor": 2, "sequence_parallel": True, **OVERLAP}, {}),
-    "8b 4k plain torch": ("8b", 511, False, {"gpus": 512, "tensor": 2, "sequence_parallel": True, **OVERLAP}, {}),
+    "3b dp": ("3b", 3, True, {"gpus": 64, "micro_batch_samples": 2, **OVERLAP}, {}),
+    "8b 4k": ("8b", 0, True, {"gpus": 128, "tensor": 2, "sequence_parallel": True, **OVERLAP}, {}),
+    "8b 4k plain torch": ("8b", 127, False, {"gpus": 128, "tensor": 2, "sequence_parallel": True, **OVERLAP}, {}),
     "8b 512k": ("8b", 200, True, {"gpus": 512, "tensor": 4, "context": 32, "sequence_parallel": True, **OVERLAP}, {}),
     "8b fp32": ("8b", 0, False, {"gpus": 24, "tensor": 2, "context": 3}, {"dtype": "fp32"}),
     "8b pp4 first": ("8b", 0, True, {"gpus": 64, "tensor": 2, "pipeline": 4, "sequence_parallel": True, **OVERLAP}, {}),
-    "8b pp4 inside": ("8b", 17, True, {"gpus": 64, "tensor": 2, "pipeline": 4, "sequence_parallel": True, **OVERLAP}, {}),
+    "8b pp4 inside": ("8b", 17, True, {"gpus": 64, "tensor": 2, "pipeline": 4, "sequence_parallel": True}, {}),
     "8b vpp": ("8b", 63, True, {"gpus": 64, "pipeline": 2, "virtual_pipeline": 4, **OVERLAP}, {}),
-    "8b fp8": ("8b", 0, True, {"gpus": 512, "tensor": 2, "sequence_parallel": True, **OVERLAP}, FP8_PARAMETERS | ONE_EACH_END),
-    "8b fp8 pp2": ("8b", 63, True, {"gpus": 64, "tensor": 2, "pipeline": 2, **OVERLAP}, FP8_PARAMETERS),
-    "30b 4k first": ("30b", 0, True, {"gpus": 1024, "tensor": 4, "pipeline": 4, "virtual_pipeline": 4, **OVERLAP}, {}),
-    "30b 4k last": ("30b", 1023, True, {"gpus": 1024, "tensor": 4, "pipeline": 4, "virtual_pipeline": 4, **OVERLAP}, {}),
-    "30b 32k": ("30b", 7, True, {"gpus": 1024, "tensor": 8, "context": 4, "sequence_parallel": True, **OVERLAP}, {}),
-    "30b odd dp": ("30b", 95, True, {"gpus": 96, "tensor": 8, "pipeline": 4, "sequence_parallel": True, **OVERLAP}, {}),
+    "8b fp8": ("8b", 0, True, {"gpus": 64, "tensor": 2, "sequence_parallel": True, **OVERLAP}, FP8_PARAMETERS | ONE_EACH_END),
     "8b untied pp2": ("8b untied", 9, True, {"gpus": 12, "pipeline": 2, **OVERLAP}, {}),
+    "30b vpp first": ("30b", 0, True, {"gpus": 128, "tensor": 4, "pipeline": 4, "virtual_pipeline": 4, **OVERLAP}, {}),
+    "30b vpp last": ("30b", 127, True, {"gpus": 128, "tensor": 4, "pipeline": 4, "virtual_pipeline": 4, **OVERLAP}, {}),
+    "30b 32k": ("30b", 7, True, {"gpus": 64, "tensor": 8, "context": 4, "sequence_parallel": True, **OVERLAP}, {}),
+    "30b odd dp": (
+        "30b",
+        95,
+        True,
+        {"gpus": 96, "tensor": 8, "pipeline": 4, "sequence_parallel": True, **OVERLAP},
+        FP8_PARAMETERS,
+    ),
 }
-
 
 TINY = {"num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 384, "num_attention_heads": 8, "num_query_groups": 4, "head_dim": 16,
         "vocab_size": 512}  # fmt: skip
@@ -65,7 +68,7 @@ SAVED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "context and tensor": (3, BF16, {"context": 2, "tensor": 2, "sequence_parallel": True}),
 }
 DOCUMENTS_TOKENS = [4096, 1, 700, 700, 2599]
-FLOPS = [(size, length) for size in ("3b", "8b", "30b", "8b untied") for length in (4096, 131072)]
+FLOPS = [("3b", 4096), ("8b", 524288), ("30b", 4096), ("8b untied", 131072)]
 
 
 def model_of(name: str) -> Model:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipes import memory
 
 
+@settings(max_examples=50)
 @given(
     st.lists(st.tuples(st.integers(1, 5000), st.booleans()), min_size=1, max_size=8),
     st.one_of(st.none(), st.integers(1, 9000)),
