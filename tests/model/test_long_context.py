@@ -34,18 +34,16 @@ JOBS: dict[str, dict[str, Any]] = {
     "one_chunked": {"loss_chunk_tokens": 7},
     "untied_one": {},
     "untied_tp2_sp_chunked": {"ranks": 2, "tensor": 2, "sequence_parallel": True, "loss_chunk_tokens": 7},
-    "tp2_chunked": {"ranks": 2, "tensor": 2, "loss_chunk_tokens": 7},
     "pp2_chunked": {"ranks": 2, "pipeline": 2, "loss_chunk_tokens": 9},
     "cp2_a2a": {"ranks": 2, "context": 2, "options": {"cp_comm_type": "a2a"}},
     "tp2_sp_cp2_a2a": {"ranks": 4, "tensor": 2, "context": 2, "sequence_parallel": True, "options": {"cp_comm_type": "a2a"}},
     "cp4_a2a_p2p": {"ranks": 4, "context": 4, "context_hierarchy": [2, 2], "loss_chunk_tokens": 5,
                     "options": {"cp_comm_type": "a2a+p2p", "hierarchical_context_parallel_sizes": [2, 2]}},
     "full_uniform": {"options": {**FULL, "recompute_method": "uniform"}},
-    "full_uniform_2": {"options": {**FULL, "recompute_method": "uniform", "recompute_num_layers": 2}},
     "full_block": {"options": {**FULL, "recompute_method": "block"}},
-    "selective": {"options": {"recompute_granularity": "selective"}},
-    "selective_mlp": {"options": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}},
-    "tp2_losses": {"ranks": 2, "tensor": 2, "check": "tests.model.chunked_loss_ranks:compare"},
+    "selective": {"options": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}},
+    "tp2_losses": {"ranks": 2, "tensor": 2, "check": "tests.model.long_context_ranks:losses"},
+    "cp4_packed": {"ranks": 4, "context": 4, "context_hierarchy": [2, 2], "check": "tests.model.long_context_ranks:packed_attention"},
 }  # fmt: skip
 
 
@@ -112,12 +110,18 @@ def test_recomputation_changes_no_bit(ran: Workspace, name: str) -> None:
 
 @MULTIRANK
 def test_chunks_over_tensor_parallel_ranks(ran: Workspace) -> None:
-    """Every size of chunk, dividing or not: chunked_loss_ranks.py has compared with torch's cross entropy of the whole vocabulary."""
+    """Every size of chunk, dividing or not: long_context_ranks.py has compared with torch's cross entropy of the whole vocabulary."""
     worst = ran.load("tp2_losses.0")
     assert len(worst["float64"]) == len(worst["float32"]) > 20
     assert max(worst["float64"]) < 1e-13
     assert max(worst["float32"]) < 1e-6
     assert worst["largest"] == worst["chunk"] * worst["entries_per_rank"]
+
+
+@MULTIRANK
+def test_packed_samples_with_heads_exchanged(ran: Workspace) -> None:
+    for rank in range(4):
+        assert max(ran.load(f"cp4_packed.{rank}").values()) < 2e-6
 
 
 @given(sizes=st.sampled_from([(2, 1), (2, 2), (4, 1), (2, 4)]), lengths=st.lists(st.integers(1, 3), min_size=1, max_size=3))
