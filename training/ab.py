@@ -142,7 +142,6 @@ def _run_arm(recipe: Recipe, stage: str, run_dir: Path, name: ArmName) -> bool:
         write_start(stage_dir, decision)
         write_json(stage_dir / "arm_digest.json", {"digest": digest})
     os.environ[recorder.VARIABLE] = "1"
-    rank_end.clear(stage_dir)
     code = _train(own, phase, arm_dir, decision, digest)
     if code != FINISHED:
         raise ArmFailed(name, code, rank_end.cause(rank_end.read_all(stage_dir)))
@@ -192,6 +191,7 @@ def _train(own: Recipe, phase: str, arm_dir: Path, decision: Decision, digest: s
     ranks = own.phase[phase].parallel.gpus
     if own.cluster.gpu == "cpu":
         pretrain.import_megatron(own)
+        rank_end.clear(arm_dir / "stages" / phase)  # as torchrun does
         return run_forked(ranks, lambda: ab_arm.run_rank(own, phase, arm_dir, decision.load, digest))
     program = ["-m", "training.ab_arm", "--run-dir", str(arm_dir), "--stage", phase, "--training-digest", digest]
     if decision.load is not None:
