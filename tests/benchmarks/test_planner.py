@@ -33,10 +33,7 @@ def test_a_fit_finds_the_constants_that_made_the_rows(rows: list[Row]) -> None:
     made = {name: value * (0.9 if i % 2 else 1.05) for i, (name, value) in enumerate(asdict(CONSTANTS).items())}
     truth = Constants(**made)
     known = [replace(r, tokens_per_second_per_gpu=step_time(r.job, truth).tokens_per_second_per_gpu) for r in rows]
-    found = fit(known, prior=truth)
-    assert asdict(found) == pytest.approx(made, rel=1e-3)
-    # From elsewhere, what the rows determine comes back.
-    found = fit(known)
+    found = fit(known)  # begins elsewhere; what the rows determine comes back
     assert found.matmul_bf16 == pytest.approx(truth.matmul_bf16, rel=0.05)
     assert found.attention_blackwell == pytest.approx(truth.attention_blackwell, rel=0.05)
     assert max(abs(error(row, found)) for row in known) < 0.03
