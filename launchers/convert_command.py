@@ -23,7 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser = subparsers.add_parser(
         "convert",
         help="convert a checkpoint to a Hugging Face folder, or back",
-        description="Convert a Megatron checkpoint to a Hugging Face folder, or a Hugging Face Granite to a checkpoint.\n"
+        description="Convert a Megatron checkpoint to a Hugging Face folder, or a Hugging Face Granite, or Llama, to a checkpoint.\n"
         "The direction follows from --from.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

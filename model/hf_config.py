@@ -17,6 +17,7 @@ from model.errors import ModelError
 from recipes.schema import Model
 
 ARCHITECTURE = "GraniteForCausalLM"
+LLAMA = "LlamaForCausalLM"
 # Under this key config.json keeps what Quarry knows and GraniteConfig has no field for; Hugging Face carries it along unread.
 QUARRY_KEY = "quarry"
 # Fields of schema.Model that GraniteConfig has no place for.
@@ -99,10 +100,13 @@ def read_hf_config(folder: Path) -> HFModel:
     except ValueError as error:
         raise ModelError(f"{path} is no JSON: {error}") from None
     architectures = raw.get("architectures")
+    if architectures == [LLAMA] and raw.get("model_type") == "llama":
+        raw = _llama_as_granite(raw)
+        architectures = raw["architectures"]
     if architectures != [ARCHITECTURE] or raw.get("model_type") != "granite":
         raise ModelError(
             f"{path}: architectures is {architectures} and model_type {raw.get('model_type')!r}; only {ARCHITECTURE} (model_type 'granite') "
-            "is converted"
+            f"and {LLAMA} (model_type 'llama') are converted"
         )
     problems = _unsupported(raw)
     if problems:
@@ -116,6 +120,21 @@ def read_hf_config(folder: Path) -> HFModel:
         raise ModelError(f"{path}: {error}") from None
     ids = {n: raw[n] for n in ("bos_token_id", "eos_token_id", "pad_token_id") if isinstance(raw.get(n), int)}
     return HFModel(model, rope_base, raw["max_position_embeddings"], ids)
+
+
+def _llama_as_granite(raw: dict[str, Any]) -> dict[str, Any]:
+    """A Llama is a Granite whose multipliers are neutral: tensors have the same names, shapes and meaning, softmax has 1/sqrt(head size)."""
+    heads, hidden = raw.get("num_attention_heads"), raw.get("hidden_size")
+    head_dim = raw.get("head_dim") or (hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads else 1)
+    neutral = {
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "attention_multiplier": 1 / math.sqrt(head_dim),
+        "logits_scaling": 1.0,
+    }
+    if own := [key for key in neutral if key in raw]:
+        return raw | {"architectures": [f"{LLAMA} with {', '.join(own)}"]}  # Llama's code does not read them: which is meant?
+    return raw | neutral | {"architectures": [ARCHITECTURE], "model_type": "granite"}
 
 
 def _rope(raw: dict[str, Any]) -> dict[str, Any]:
