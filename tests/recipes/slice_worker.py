@@ -242,6 +242,7 @@ def flops(job: Job) -> dict[str, Any]:
 
 
 def main() -> int:
+    torch.set_num_threads(1)
     out = []
     for values in json.load(sys.stdin):
         read, write = os.pipe()

@@ -47,7 +47,7 @@ STATES: dict[str, tuple[str, int, bool, dict[str, Any], dict[str, Any]]] = {
 
 TINY = {"num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 384, "num_attention_heads": 8, "num_query_groups": 4, "head_dim": 16,
         "vocab_size": 512}  # fmt: skip
-TINY_TOKENS = 512
+TINY_TOKENS = 256
 BF16, FP32 = {"dtype": "bf16"}, {"dtype": "fp32"}
 SAVED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     # name: rank, precision, layout beside 8 ranks and two samples per micro batch
@@ -63,7 +63,7 @@ SAVED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "block of two": (0, FP32, {"recompute": "full", "recompute_num_layers": 2, "recompute_method": "block"}),
     "first stage": (0, FP32, {"pipeline": 2}),
     "last stage": (7, FP32, {"pipeline": 2}),
-    "chunked loss": (0, FP32, {"loss_chunk_tokens": 128}),
+    "chunked loss": (0, FP32, {"loss_chunk_tokens": 64}),
     "context": (1, FP32, {"context": 2}),
     "context and tensor": (3, BF16, {"context": 2, "tensor": 2, "sequence_parallel": True}),
 }
