@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from recipes import activations
 from recipes.job_options import Optimizer, Parallel, Precision
@@ -224,6 +225,17 @@ def state_bytes(
     return parameters, gradients, owned * OPTIMIZER_BYTES[precision.dtype]
 
 
+def _state_layout(parallel: Parallel) -> Parallel:
+    """What of a layout state_bytes looks at: a search tries many that differ in the rest."""
+    names = ("gpus", "tensor", "pipeline", "virtual_pipeline", "overlap_grad_reduce")
+    return Parallel(name="state", **{name: getattr(parallel, name) for name in names})
+
+
+@lru_cache(maxsize=4096)
+def _fullest_state(model: Model, parallel: Parallel, precision: Precision, pipeline_rank: int) -> tuple[int, int, int]:
+    return state_bytes(model, parallel, precision, pipeline_rank)
+
+
 def fp8_weights_bytes(model: Model, parallel: Parallel, precision: Precision, pipeline_rank: int) -> int:
     """FP8 weights beside Megatron's buffers: by rows and by columns (transposed), which Transformer Engine keeps from the first micro batch
     of a step to its last, each with its scales. With fp8_param_gather the parameter itself is the one by rows, but for mxfp8.
@@ -262,7 +274,7 @@ def stage_memory(
     micro_batches: int | None = None,
 ) -> RankMemory:
     """Memory of the ranks of one pipeline stage; arguments as of rank_memory."""
-    parameters, gradients, optimizer_bytes = state_bytes(model, parallel, precision, pipeline_rank)
+    parameters, gradients, optimizer_bytes = _fullest_state(model, _state_layout(parallel), precision, pipeline_rank)
     tokens = activations.rank_tokens(parallel, seq_length_tokens, micro_batch_samples)
     parallel = parallel.model_copy(update={"micro_batch_samples": micro_batch_samples})
     in_fp8 = fp8_layers(model, precision)
