@@ -36,6 +36,22 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
+class FinalRMSNorm(RMSNorm):
+    """The norm behind the last layer. Transformer Engine's saves an extra state, which is empty for a norm, and a load asks for it by key:
+    without it a checkpoint made on CPUs would not load on GPUs. The layers' norms are part of a linear layer there, which has the key."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(config, hidden_size, eps)
+        # As Megatron's linear layers do it: a state dict without the entry loads, too.
+        self._register_load_state_dict_pre_hook(lambda state, prefix, *_: state.setdefault(f"{prefix}_extra_state"))
+
+    def get_extra_state(self) -> None:
+        return None
+
+    def set_extra_state(self, state: None) -> None:
+        """Nothing to restore."""
+
+
 BiasDropoutAdd = Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor, float], torch.Tensor]
 
 
@@ -83,7 +99,7 @@ def block_spec(
     if config.transformer_impl == "transformer_engine":
         layer, norm = _transformer_engine_layer(config)
     elif config.transformer_impl == "local":
-        layer, norm = _local_layer(config), RMSNorm
+        layer, norm = _local_layer(config), FinalRMSNorm
     else:
         raise ModelError(f"transformer_impl is {config.transformer_impl!r}; use 'transformer_engine' or 'local'")
     layer.self_attn_bda = layer.mlp_bda = scaled_bias_dropout_add(residual_multiplier)
