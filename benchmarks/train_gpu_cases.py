@@ -191,8 +191,11 @@ def _stack(program: str, precision: str, length: int, **settings: object) -> Cas
 
 
 def suite(name: str) -> list[Case]:
-    """Cases of one of SUITES, those that matter most first."""
-    return SUITES[name]()
+    """Cases of one of SUITES, those that matter most first; one that two suites have comes once."""
+    cases: dict[str, Case] = {}
+    for case in SUITES[name]():
+        cases.setdefault(case.name, case)
+    return list(cases.values())
 
 
 def _tiny() -> list[Case]:
