@@ -194,7 +194,20 @@ def mixture_rules(recipe: Recipe, stage: str, phase: Phase) -> Iterator[Problem]
                 )
 
 
-PHASE_RULES: list[Callable[[Recipe, str, Phase], Iterator[Problem]]] = [tokens_rules, schedule_rules, rope_rules, mixture_rules]
+def documents_rules(recipe: Recipe, stage: str, phase: Phase) -> Iterator[Problem]:
+    if phase.restart_positions and not phase.documents_apart:
+        key = f"phase.{stage}.restart_positions"
+        rule = "where documents see each other Megatron's RoPE has one count of positions per sample, so that it has no effect"
+        yield Problem(key, True, rule, f"set {key}=false, or phase.{stage}.documents_apart=true")
+
+
+PHASE_RULES: list[Callable[[Recipe, str, Phase], Iterator[Problem]]] = [
+    tokens_rules,
+    schedule_rules,
+    rope_rules,
+    mixture_rules,
+    documents_rules,
+]
 
 
 def merge_rules(recipe: Recipe, stage: str) -> Iterator[Problem]:

@@ -53,6 +53,14 @@ RULES: dict[str, Rule] = {
         "another number of tokens than the phase's 2000003530752",
         "null or to 2000003530752",
     ),
+    "positions restart only where documents stay apart": (
+        "five_phase",
+        {f"{F}.restart_positions": True},
+        f"{F}.restart_positions",
+        "True",
+        "one count of positions per sample",
+        f"{F}.documents_apart=true",
+    ),
     "warm-up longer than the phase": (
         "smoke",
         {f"{F}.schedule.warmup_tokens": 245760},
