@@ -127,7 +127,7 @@ def phase_layout_rules(recipe: Recipe, stage: str, phase: Phase) -> Iterator[Pro
         yield Problem(f"{key}.overlap_param_gather", True, rule, f"set {key}.overlap_grad_reduce=true")
     yield from _context(model, key, layout)
     if phase.documents_apart:
-        yield from packed_rules(recipe, key, layout)
+        yield from packed_rules(recipe, key, layout, f"p2p, or phase.{stage}.documents_apart=false")
     yield from _recompute(model, key, layout)
     yield from _offload(recipe, key, layout)
     tokens = phase.seq_length_tokens * layout.micro_batch_samples // layout.context
@@ -229,13 +229,13 @@ def _context(model: Model, key: str, layout: Parallel) -> Iterator[Problem]:
             yield Problem(where, hierarchy, rule, remedy)
 
 
-def packed_rules(recipe: Recipe, key: str, layout: Parallel) -> Iterator[Problem]:
+def packed_rules(recipe: Recipe, key: str, layout: Parallel, remedy: str = "p2p") -> Iterator[Problem]:
     """Where micro batches are packed sequences: fine-tuning, and phases whose documents stay apart.
 
     Source: Transformer Engine 2.17, which refuses its thd format there at the first step. On CPU all kinds take it."""
     if layout.context > 1 and recipe.cluster.gpu != "cpu" and layout.context_communication in ("all_gather", "a2a+p2p"):
         rule = "Transformer Engine 2.17 takes packed samples with p2p or a2a only"
-        yield Problem(f"{key}.context_communication", layout.context_communication, rule, "p2p")
+        yield Problem(f"{key}.context_communication", layout.context_communication, rule, remedy)
 
 
 def _recompute(model: Model, key: str, layout: Parallel) -> Iterator[Problem]:

@@ -340,7 +340,7 @@ RULES: dict[str, Rule] = {
         f"{L128}.context_communication",
         "all_gather",
         "takes packed samples with p2p or a2a only",
-        "p2p",
+        "phase.long_128k.documents_apart=false",
     ),
     "recomputation method without full recompute": (
         "smoke",
