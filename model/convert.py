@@ -3,8 +3,8 @@
     python -m model.convert --from CHECKPOINT_OR_HF --to FOLDER [--dtype fp32|bf16]
 
 `--from` is a stage folder of a run, its checkpoints folder or one iter_* folder (then `--to` becomes a Hugging Face folder), or a
-Hugging Face folder of a Granite or a Llama with safetensors (then `--to` gets `checkpoints/iter_0000000` and `model.json`, which Megatron loads as weights
-with --finetune). Both outputs appear under their name only when they are complete.
+Hugging Face folder of a Granite or a Llama with safetensors (then `--to` gets `checkpoints/iter_0000000` and `model.json`, which Megatron
+loads as weights with --finetune). Both outputs appear under their name only when they are complete.
 
 model/ knows no tokenizers (that is data_prep/): `quarry convert` (launchers.convert_command) prepares the tokenizer's files and this
 copies them (--tokenizer-files, --tokenizer-record).
