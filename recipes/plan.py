@@ -212,7 +212,11 @@ def notes(recipe: Recipe, every: Sequence[StageEstimate] | None = None) -> Itera
     for each in every:
         if each.unknown and each.kind in ("sft", "grpo"):
             reasons.setdefault(each.unknown, []).append(each.stage)
-    yield from (f"{', '.join(stages)}: {reason}" for reason, stages in reasons.items())
+    if reasons:
+        yield f"not in the total: {'; '.join(f'{", ".join(stages)} ({reason})' for reason, stages in reasons.items())}"
+    apart = [s for s in recipe.stages if s in recipe.phase and recipe.phase[s].documents_apart]
+    if apart:
+        yield f"documents stay apart in {', '.join(apart)}: attention is counted over whole samples: FLOPs, time and cost are upper bounds"
     yield from _post_training_notes(recipe)
     precisions: dict[str, list[str]] = {}
     for stage in recipe.stages:
@@ -226,12 +230,13 @@ def notes(recipe: Recipe, every: Sequence[StageEstimate] | None = None) -> Itera
         arms = " and with ".join(f"{phase.precision.name} {layout_text(phase)}" for phase in phases)
         yield f"{stage}: gate, {gate.steps:,} steps of {gate.phase} with {arms}, apart by at most {gate.tolerance_percent:g}%"
     merges = [s for s in recipe.stages if s in recipe.merge]
-    if merges:
-        inputs = {s: " + ".join(f"{w:g} {name}" for name, w in recipe.merge[s].inputs.items()) for s in merges}
-        yield f"merges: {'; '.join(f'{s} = {text}' for s, text in inputs.items())}"
-    exports = [s for s in recipe.stages if s in recipe.export]
-    if exports:
-        yield f"{', '.join(exports)}: Hugging Face folder; merges and export take minutes on one node"
+    inputs = {s: " + ".join(f"{w:g} {name}" for name, w in recipe.merge[s].inputs.items()) for s in merges}
+    parts = [
+        *(f"{s} = {text}" for s, text in inputs.items()),
+        *(f"{s} (Hugging Face)" for s in recipe.stages if s in recipe.export),
+    ]
+    if parts:
+        yield f"minutes on one node: {'; '.join(parts)}"
     if recipe.model.mup_base_hidden_size:
         width = recipe.model.hidden_size / recipe.model.mup_base_hidden_size
         yield f"learning rates are base rates: muP divides them by {width:g} for the matrices inside the layers"

@@ -78,7 +78,7 @@ def _printed(recipe: Recipe, width: int) -> str:
 def test_the_default_curriculum_is_one_screen_with_time_and_cost(five_phase: Recipe) -> None:
     text = _printed(five_phase, 120)
     assert max(map(len, text.splitlines())) <= 120
-    assert len(text.splitlines()) <= 42
+    assert len(text.splitlines()) <= 41
     for stage in five_phase.stages:
         assert stage in text
     rows = {line.split()[0]: line for line in text.splitlines() if line.strip()}
