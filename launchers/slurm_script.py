@@ -45,7 +45,7 @@ def options_of(recipe: Recipe) -> SlurmOptions:
 
 def nodes_of(recipe: Recipe, stage: str) -> int:
     """Nodes of a stage; data, merges and exports take one."""
-    layout = layout_of(recipe, stage)
+    layout = layout_of(recipe, stage) if stage in recipe.stages else None
     return 1 if layout is None else max(1, layout.gpus // recipe.cluster.gpus_per_node)
 
 

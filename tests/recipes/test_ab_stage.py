@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from launchers.slurm_script import nodes_of
 from recipes.ab_arms import arm_recipe, layout, shortened
 from recipes.ab_table import verdict_lines
 from recipes.compose import compose
@@ -85,7 +86,9 @@ def test_a_gate_hands_on_and_in_front_of_the_first_phase_nothing(gated: Recipe) 
 def test_a_job_has_room_for_the_larger_arm(gated: Recipe) -> None:
     small = gated.phase["foundation"].parallel.model_copy(update={"gpus": 8, "tensor": 1, "sequence_parallel": False})
     both = changed(gated, ab__fp8_gate__a__parallel=small.model_dump())
-    assert layout(both, "fp8_gate").gpus == layout_of(both, "fp8_gate").gpus == gated.phase["foundation"].parallel.gpus  # type: ignore[union-attr]
+    whole = gated.phase["foundation"].parallel.gpus
+    assert layout(both, "fp8_gate").gpus == layout_of(both, "fp8_gate").gpus == whole  # type: ignore[union-attr]
+    assert nodes_of(both, "fp8_gate") == whole // 8
 
 
 PRECISION = {"name": "odd", "dtype": "bf16", "fp8": "mxfp8", "fp8_format": "e4m3"}
