@@ -102,6 +102,9 @@ class Case:
         if self.layers is not None:
             # Of few layers the two at the ends would be most: what is measured is the layer that the whole model has 38 of.
             precision = precision.model_copy(update={"bf16_layers_at_start": 0, "bf16_layers_at_end": 0})
+        if self.low_memory and precision.fp8 in ("tensorwise", "blockwise"):
+            # FP8 copies of bf16 weights would be 16 GB more, beside masters that these recipes keep in fp32.
+            precision = precision.model_copy(update={"fp8_param_gather": True})
         parallel = type(whole.parallel)(
             name="one_gpu", gpus=1, recompute=self.recompute, loss_chunk_tokens=self.loss_chunk_tokens
         )

@@ -1,4 +1,8 @@
-"""The spec over Transformer Engine computes what the spec over plain torch does, which the CPU tests hold against Hugging Face."""
+"""The spec over Transformer Engine computes what the spec over plain torch does, which the CPU tests hold against Hugging Face.
+
+Unproven on hardware so far. What of it needs no GPU was tried on a CPU: the comparison itself with plain torch in bf16, and that both
+specs have the same parameters and the same keys in a checkpoint.
+"""
 
 import os
 
@@ -29,8 +33,11 @@ SHAPE = {
     "published_parameters": None,
 }
 LENGTH = 256
-BF16_SHARE, FP8_SHARE = 2e-2, 0.25
-"""Norm of the difference over the norm, of logits and gradients after four layers: eight bits of mantissa, and three (E4M3) or two (E5M2)."""
+BF16_SHARE = 2e-2
+"""Norm of the difference over the norm, of logits and of each gradient. Plain torch in bf16 has 1.2e-2 here (on a CPU); a wrong softmax scale
+moves the logits by 0.12."""
+FP8_SHARE = 0.25
+"""[assumed: three bits of mantissa forward (E4M3), two backward (E5M2), four layers deep; to be tightened once it was measured]"""
 FP8 = {
     "tensorwise": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
     "delayed": {"fp8": "hybrid", "fp8_recipe": "delayed", "fp8_amax_history_len": 16, "fp8_amax_compute_algo": "max"},
@@ -149,7 +156,7 @@ def test_fp8_is_near_bf16(make, plain, recipe):
     for _ in range(3):  # delayed scaling takes its scales from earlier steps
         found = results(net)
     compare(found, plain, FP8_SHARE)
-    assert abs(found[0] - plain[0]) < 0.02
+    assert found[0] == pytest.approx(plain[0], rel=0.01)
 
 
 def test_packed_attention_is_a_block_mask(make):
