@@ -1,5 +1,5 @@
-"""Builds one rank's slice of a model in Megatron, without other ranks, and says what it allocates (`state`), saves (`saved`) or
-counts (`flops`).
+"""Builds one rank's slice of a model in Megatron, without other ranks, and says what it allocates (`state`) and saves (`saved`),
+how many micro batches it has in flight (`schedule`) and what it counts (`flops`).
 
     python -m tests.recipes.slice_worker < JOBS.json     # a list of jobs, see `Job`; prints a list of results
 
@@ -41,6 +41,7 @@ with fast_import.quick_imports():
     from megatron.core.enums import ModelType
     from megatron.core.fp8_utils import is_first_last_bf16_layer
     from megatron.core.optimizer import distrib_optimizer, get_megatron_optimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.transformer.identity_op import IdentityOp
     from megatron.training import global_vars
     from megatron.training import training as upstream
@@ -60,7 +61,7 @@ logging.disable(logging.WARNING)  # Megatron logs every bucket
 @dataclasses.dataclass
 class Job:
     kind: str
-    """state, saved or flops."""
+    """state, saved, schedule or flops."""
     recipe: dict[str, Any]
     stage: str
     rank: int
@@ -230,6 +231,47 @@ def saved(job: Job) -> dict[str, Any]:
     }
 
 
+def schedule(job: Job) -> dict[str, Any]:
+    """Most model chunks at once that have run forward and not yet backward, while Megatron's own schedule runs one step on this stage."""
+    recipe, args = rank_of(job)
+    cpu_backend.to_cpu = _to_cpu
+    phase = recipe.phase[job.stage]
+    layout, chunks = phase.parallel, []
+    for vp_stage in range(layout.virtual_pipeline or 1):
+        place = {"ignore_virtual": False, "vp_stage": vp_stage if layout.virtual_pipeline else None}
+        first, last = parallel_state.is_pipeline_first_stage(**place), parallel_state.is_pipeline_last_stage(**place)
+        chunk = model_provider(recipe, job.stage, args)(pre_process=first, post_process=last, vp_stage=place["vp_stage"])
+        chunk.model_type, chunk.vp_stage = ModelType.encoder_or_decoder, place["vp_stage"]
+        chunk.config.batch_p2p_comm = False
+        chunks.append(chunk.train())
+    ids = torch.zeros(layout.micro_batch_samples, phase.seq_length_tokens, dtype=torch.int64)
+    running = most = 0
+
+    def forward_step(iterator: Any, chunk: Any) -> tuple[torch.Tensor, Any]:
+        nonlocal running, most
+        output = chunk(ids, torch.arange(ids.size(1)).expand_as(ids), None, labels=ids)
+        running += 1
+        most = max(most, running)
+
+        def began(gradient: torch.Tensor) -> None:
+            nonlocal running
+            running -= 1
+
+        output.register_hook(began)
+        return output, lambda losses: (losses.sum(), {})
+
+    micro_batches = phase.global_batch_samples // (layout.data * layout.micro_batch_samples)
+    sizes = {"num_microbatches": micro_batches, "seq_length": ids.size(1), "micro_batch_size": ids.size(0)}
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[None] * len(chunks) if len(chunks) > 1 else None,
+        model=chunks if len(chunks) > 1 else chunks[0],
+        forward_only=False,
+        **sizes,
+    )
+    return {"in_flight": most, "left": running}
+
+
 def flops(job: Job) -> dict[str, Any]:
     """Megatron's own count for one global batch, and for a batch of documents that see only themselves."""
     recipe, args = rank_of(job)
@@ -250,7 +292,7 @@ def main() -> int:
             os.close(read)
             with os.fdopen(write, "w") as f:
                 job = Job(**values)
-                json.dump({"state": state, "saved": saved, "flops": flops}[job.kind](job), f)
+                json.dump({"state": state, "saved": saved, "schedule": schedule, "flops": flops}[job.kind](job), f)
             fast_import.leave(0)
         os.close(write)
         with os.fdopen(read) as f:

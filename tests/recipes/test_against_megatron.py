@@ -67,6 +67,16 @@ SAVED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "context": (1, FP32, {"context": 2}),
     "context and tensor": (3, BF16, {"context": 2, "tensor": 2, "sequence_parallel": True}),
 }
+SCHEDULES: dict[str, tuple[int, int, dict[str, Any]]] = {
+    # name: rank, micro batches, layout
+    "1f1b first": (0, 8, {"gpus": 4, "pipeline": 4}),
+    "1f1b inside": (2, 8, {"gpus": 4, "pipeline": 4}),
+    "1f1b last": (3, 8, {"gpus": 4, "pipeline": 4}),
+    "1f1b few": (0, 2, {"gpus": 4, "pipeline": 4}),
+    "interleaved first": (0, 8, {"gpus": 2, "pipeline": 2, "virtual_pipeline": 4}),
+    "interleaved last": (1, 8, {"gpus": 2, "pipeline": 2, "virtual_pipeline": 4}),
+    "interleaved few": (3, 4, {"gpus": 4, "pipeline": 4, "virtual_pipeline": 2}),
+}
 DOCUMENTS_TOKENS = [4096, 1, 700, 700, 2599]
 FLOPS = [("3b", 4096), ("8b", 524288), ("30b", 4096), ("8b untied", 131072)]
 
@@ -97,13 +107,20 @@ def saved_recipe(smoke: Recipe, name: str) -> Recipe:
     return recipe_with(smoke, model, {"gpus": 8, "micro_batch_samples": 2, **layout}, precision, seq_length_tokens=TINY_TOKENS)
 
 
+def schedule_recipe(smoke: Recipe, name: str) -> Recipe:
+    _, micro_batches, layout = SCHEDULES[name]
+    recipe = recipe_with(smoke, smoke.model.model_copy(update=TINY | {"num_layers": 8}), layout, FP32, seq_length_tokens=32)
+    phase = recipe.phase[recipe.stages[0]].model_copy(update={"global_batch_samples": micro_batches})
+    return recipe.model_copy(update={"phase": recipe.phase | {recipe.stages[0]: phase}})
+
+
 def flops_recipe(smoke: Recipe, size: str, length: int) -> Recipe:
     return recipe_with(smoke, model_of(size), {"gpus": 8}, {}, seq_length_tokens=length)
 
 
 @pytest.fixture(scope="module")
 def real(smoke: Recipe) -> dict[Any, dict[str, Any]]:
-    """What Megatron did, by name of STATES and SAVED and by element of FLOPS."""
+    """What Megatron did, by name of STATES, SAVED and SCHEDULES and by element of FLOPS."""
     jobs: dict[Any, dict[str, Any]] = {}
     for name, (size, rank, engine, layout, precision) in STATES.items():
         fp8 = Precision(name="test", dtype="bf16", **precision) if precision.get("fp8") else None
@@ -113,6 +130,8 @@ def real(smoke: Recipe) -> dict[Any, dict[str, Any]]:
         jobs[name] = {"kind": "state", "recipe": recipe, "rank": rank, "transformer_engine": engine, "fp8_parameters": marked}
     for name, (rank, _, _) in SAVED.items():
         jobs[name] = {"kind": "saved", "recipe": saved_recipe(smoke, name), "rank": rank}
+    for name, (rank, _, _) in SCHEDULES.items():
+        jobs[name] = {"kind": "schedule", "recipe": schedule_recipe(smoke, name), "rank": rank}
     for size, length in FLOPS:
         recipe = flops_recipe(smoke, size, length)
         jobs[size, length] = {"kind": "flops", "recipe": recipe, "rank": 0, "documents_tokens": DOCUMENTS_TOKENS}
@@ -167,6 +186,12 @@ def test_saved_activations_are_autograds(real: dict[Any, dict[str, Any]], smoke:
         expected += activations.head_bytes(model, parallel, precision, tokens, transformer_engine=False)
         expected += activations.logits_kept_bytes(model, parallel, tokens)
     assert expected == pytest.approx(real[name]["saved_bytes"], rel=0.1 if parallel.context > 1 else 0.02)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_micro_batches_in_flight_are_those_of_megatrons_schedule(real: dict[Any, dict[str, Any]], name: str) -> None:
+    rank, micro_batches, layout = SCHEDULES[name]
+    assert real[name] == {"in_flight": memory.in_flight_chunks(Parallel(name="test", **layout), rank, micro_batches), "left": 0}
 
 
 @pytest.mark.parametrize(("size", "length"), FLOPS)
