@@ -18,7 +18,8 @@ cpu_backend.install()
 
 import megatron.core.tensor_parallel.layers as layers  # noqa: E402
 
-from model.chunked_loss import chunked_cross_entropy  # noqa: E402
+from model.chunked_loss import ChunkedLossGPTModel, chunked_cross_entropy  # noqa: E402
+from model.errors import ModelError  # noqa: E402
 
 
 def layer(*, fusion: bool = False) -> SimpleNamespace:
@@ -139,3 +140,8 @@ def test_accumulation_into_main_grad(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(weight.main_grad, before + weight_gradient, rtol=1e-5, atol=1e-6)
     assert weight.grad_added_to_main_grad
     assert not placeholder.any()  # zeros: with tied embeddings the embedding's own gradient is added to it
+
+
+def test_what_would_keep_all_gradients_of_logits_is_refused() -> None:
+    with pytest.raises(ModelError, match="defer_embedding_wgrad_compute keeps the gradients of all logits"):
+        ChunkedLossGPTModel(SimpleNamespace(defer_embedding_wgrad_compute=True), loss_chunk_tokens=4)
