@@ -27,6 +27,10 @@ def test_the_errors_are_as_documented(rows: list[Row]) -> None:
     errors = [abs(error(row, CONSTANTS)) for row in rows]
     assert sum(errors) / len(errors) < 0.03
     assert max(errors) < 0.10
+    documented = (DATA.parents[1] / "benchmarks.md").read_text()
+    assert f"| {len(rows)} rows, fitted | {summary(errors)} |" in documented
+    for name, value in asdict(CONSTANTS).items():
+        assert f"| {name} | {value:.3f} |" in documented
 
 
 def test_a_fit_finds_the_constants_that_made_the_rows(rows: list[Row]) -> None:
