@@ -377,5 +377,5 @@ def gigatoken_engine(tokenizer_json: bytes, memory_bytes: int) -> Engine | str:
     need("gigatoken.gigatoken_rs")
     try:
         return Engine(tokenizer_json, memory_bytes)
-    except ValueError as error:
-        return str(error)
+    except (ValueError, RuntimeError) as error:  # RuntimeError: a byte-level vocabulary that lacks bytes, as SmolLM2's
+        return str(error).partition("\n")[0]

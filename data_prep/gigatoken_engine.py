@@ -39,7 +39,7 @@ class Engine:
     """
 
     def __init__(self, tokenizer_json: bytes, memory_bytes: int) -> None:
-        """ValueError when gigatoken cannot load this tokenizer.json."""
+        """ValueError or RuntimeError when gigatoken cannot load this tokenizer.json."""
         self._native = need("gigatoken.gigatoken_rs")
         self._json = tokenizer_json
         self._memory_bytes = memory_bytes

@@ -185,6 +185,17 @@ def test_a_tokenizer_that_gigatoken_encodes_differently_is_refused(folder, tmp_p
             file.unlink()
 
 
+def test_a_vocabulary_that_lacks_a_byte_goes_through_the_reference(folder):
+    raw = json.loads(content(folder))
+    byte_4 = chr(0x104)  # as GPT-2 writes it
+    merges = [pair for pair in raw["model"]["merges"] if not any(byte_4 in part for part in pair)]
+    raw["model"] |= {"vocab": {t: i for t, i in raw["model"]["vocab"].items() if byte_4 not in t}, "merges": merges}
+    why = encoders.gigatoken_engine(json.dumps(raw).encode(), 1 << 40)
+    assert isinstance(why, str)
+    assert "no single-byte vocab entry for byte 0x04" in why
+    assert "\n" not in why
+
+
 def test_a_choice_is_found_out_once(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = choose("huggingface", folder / "tokenizer.json", "as_ids")
