@@ -101,7 +101,10 @@ def test_resolved_tokens_cover_the_request_by_less_than_a_step(tokens: int, batc
         ("model=granite_4_1_9b", "did you mean granite_4_1_8b?"),
         ("curriculum=five_phases", "did you mean five_phase?"),
         ("parallel@phase.foundation.parallel=granite_4_1_8b/4", "did you mean granite_4_1_8b/4k?"),
-        ("phase.foundation.token=3", "phase.foundation.token: no such key to override; known there: exit_after_minutes, glo"),
+        (
+            "phase.foundation.token=3",
+            "phase.foundation.token: no such key to override; known there: documents_apart, exit_after_minutes, glo",
+        ),
         ("phase.foundation.token=3", "did you mean tokens?"),
         ("phase.foundation.parallel.tensr=2", "did you mean tensor?"),
         ("~phase.fundation", "'phase.fundation' does not exist"),
