@@ -4,6 +4,7 @@ Unproven on hardware so far: written against the sources of megatron-core 0.19.2
 """
 
 import os
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,7 @@ RUNS = {name: ((name, False), (name, False)) for name in PRECISIONS} | {
 }
 """Name -> (precision, on the CPU) of the first and the second phase."""
 FP8_SHARE = 0.02
-"""Of bf16's loss, what FP8 may differ after 20 steps of a model that learns fast."""
+"""Of bf16's mean loss, what FP8 may differ over a phase of a model that learns fast."""
 
 
 def recipe_of(data_root, phases):
@@ -87,10 +88,10 @@ def test_two_phases_with_a_handoff(runs, name):
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "bf16"])
 def test_losses_are_bf16s(runs, name):
-    """Same data, same seed: at every step within a share of what bf16 on the GPU has."""
+    """Same data, same seed: the mean over a phase is within a share of what bf16 on the GPU has."""
     (reference, failed), (run, failure) = runs["bf16"], runs[name]
     assert failed is None
     assert failure is None
     for stage in ("first", "second"):
-        for a, b in zip(rows(reference, stage), rows(run, stage), strict=True):
-            assert b["loss"] == pytest.approx(a["loss"], rel=FP8_SHARE)
+        expected, found = (statistics.mean(row["loss"] for row in rows(r, stage)) for r in (reference, run))
+        assert found == pytest.approx(expected, rel=FP8_SHARE)
