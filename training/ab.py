@@ -14,8 +14,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from data_prep.files import digest_of, replace_symlink, write_json
@@ -45,6 +48,19 @@ class ArmFailed(RuntimeError):
         self.code = code
 
 
+class StopAsked(Exception):
+    """A request to stop that came between the arms, while files are verified and no rank runs."""
+
+
+def _ask(number: int, frame: FrameType | None) -> None:
+    raise StopAsked
+
+
+def _on_request(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+
+
 def run_ab(recipe: Recipe, stage: str, run_dir: Path) -> int:
     """Both arms and the verdict, on this node; returns the exit code of the table above."""
     from training.stage import refuse
@@ -56,13 +72,16 @@ def run_ab(recipe: Recipe, stage: str, run_dir: Path) -> int:
         if _passed_before(recipe, stage, stage_dir, previous):
             return FINISHED
         failed = None
-        for name in ARMS:
-            try:
+        try:
+            for name in ARMS:
                 if not _run_arm(recipe, stage, run_dir, name):
                     return REQUEUE
-            except ArmFailed as error:
-                failed = error
-                break
+        except ArmFailed as error:
+            failed = error
+        except StopAsked:
+            return REQUEUE
+        finally:
+            _on_request(signal.SIG_DFL)
         verdict = _verdict(recipe, stage, run_dir, previous, failed)
     except (DataError, DifferentSamples, Refused, RecipeError) as error:
         return refuse(error)
@@ -108,7 +127,12 @@ def _gate_digest(recipe: Recipe, stage: str, previous: Handoff | None) -> str:
 def _passed_before(recipe: Recipe, stage: str, stage_dir: Path, previous: Handoff | None) -> bool:
     if not (stage_dir / "handoff.json").exists():
         return False
-    verdict = json.loads((stage_dir / VERDICT_FILE).read_bytes())
+    try:
+        verdict = json.loads((stage_dir / VERDICT_FILE).read_bytes())
+    except FileNotFoundError:
+        raise Refused(
+            f"{stage_dir} has a hand-off but no {VERDICT_FILE}: restore it, or move the folder away to run the gate again"
+        ) from None
     if verdict["digest"] != _gate_digest(recipe, stage, previous):
         raise Refused(
             f"gate '{stage}' has passed, but with other arms, another phase or another predecessor; start a new run with --run NAME, or "
@@ -143,6 +167,7 @@ def _run_arm(recipe: Recipe, stage: str, run_dir: Path, name: ArmName) -> bool:
         write_json(stage_dir / "arm_digest.json", {"digest": digest})
     os.environ[recorder.VARIABLE] = "1"
     code = _train(own, phase, arm_dir, decision, digest)
+    _on_request(_ask)  # what trained has handlers of its own, which now have nobody to tell
     if code != FINISHED:
         raise ArmFailed(name, code, rank_end.cause(rank_end.read_all(stage_dir)))
     if ab_arm.read_result(stage_dir) is None:

@@ -32,6 +32,15 @@ from training.versions import versions
 SETTINGS_FILE = "arm.json"
 RESULT_FILE = "result.json"
 RESULT_FORMAT = "quarry.ab_arm/1"
+LOCAL_ARGUMENTS = (
+    "--no-persist-layer-norm",
+    "--no-gradient-accumulation-fusion",
+    "--no-masked-softmax-fusion",
+    "--no-bias-swiglu-fusion",
+    "--no-bias-dropout-fusion",
+    "--no-rope-fusion",
+)
+"""Megatron's own layers without kernels that need apex: plain torch, which is what another implementation is compared with."""
 
 
 class ArmSettings(Strict):
@@ -63,6 +72,8 @@ def arguments_of(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, s
     arguments = compile_phase(shortened(recipe, stage, settings.steps), stage, run_dir, load)
     if settings.transformer_impl is not None:
         arguments += ["--transformer-impl", settings.transformer_impl]  # the last one counts
+    if settings.transformer_impl == "local":
+        arguments += LOCAL_ARGUMENTS
     return arguments
 
 

@@ -21,7 +21,7 @@ from training.fp8_emulation import BACKWARD, FORWARD, _Backward, _Forward, round
 
 pytestmark = pytest.mark.multirank
 
-STEPS = 4
+STEPS = 8
 GATES = {
     "fresh": {"title": "Random weights", "phase": "first", "steps": 4},
     "gate": {"title": "Emulated FP8", "phase": "second", "steps": STEPS, "b": {"emulated_fp8": {}}},
@@ -56,6 +56,15 @@ def fork(run, name, **gate):
         (folder / left).unlink()
     write_recipe(other, **gate)
     return other
+
+
+def wait_for_steps(run, count, process):
+    """Until arm b has logged so many steps."""
+    metrics = run / "stages" / "gate" / "arms" / "b" / "stages" / "second" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.exists() and len(metrics.read_text().splitlines()) >= count):
+        assert process.poll() is None, (run / "log.txt").read_text()[-3000:]
+        time.sleep(0.01)
 
 
 def verdict(run, gate="gate"):
@@ -103,10 +112,8 @@ def test_the_hand_off_goes_through_unchanged(run):
 
 
 def test_a_gate_that_has_passed_is_not_run_again_but_not_believed_with_other_arms(run):
-    log, begun = run / "log.txt", time.monotonic()
     assert start_stage(run, "gate") == 0
-    assert "passed before" in log.read_text()
-    assert time.monotonic() - begun < 60
+    assert "passed before" in (run / "log.txt").read_text()
     other = run.parent / "other_arms"
     shutil.copytree(run, other, symlinks=True)
     write_recipe(other, b={"emulated_fp8": {"scale_error": 2.0}})
@@ -123,7 +130,7 @@ def test_a_broken_scale_stops_the_chain_and_leaves_no_hand_off(run):
     assert found["arms"]["a"]["losses"] == verdict(run)["arms"]["a"]["losses"]
     assert not (other / "stages" / "gate" / "handoff.json").exists()
     log = (other / "log.txt").read_text()
-    assert "arm a: has taken its 4 steps before" in log.split("arm b: ")[-2]
+    assert "arm a: has taken its 8 steps before" in log.split("arm b: ")[-2]
     assert "\nSuspiciousResult: gate 'gate' failed: training loss" in log
     assert start_stage(other, "second") == 78  # nothing behind it runs
     # A verdict that people loosen is made again from what was measured.
@@ -131,15 +138,24 @@ def test_a_broken_scale_stops_the_chain_and_leaves_no_hand_off(run):
     assert start_stage(other, "gate") == 0
 
 
+def test_an_arm_that_is_asked_to_stop_saves_and_goes_on_from_there(run):
+    other = fork(run, "asked")
+    process = start(other, "gate")
+    wait_for_steps(other, 1, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    assert not (other / "stages" / "gate" / "ab.json").exists()
+    assert list((other / "stages" / "gate" / "arms" / "b").rglob("iter_*"))
+    assert start_stage(other, "gate") == 0
+    assert "arm b: resume (own checkpoint of step" in (other / "log.txt").read_text()
+    assert numbers(verdict(other)) == numbers(verdict(run))
+
+
 def test_a_kill_in_an_arm_and_the_same_command_again_give_the_same_verdict(run):
     other = fork(run, "killed")
     process = start(other, "gate")
-    metrics = other / "stages" / "gate" / "arms" / "b" / "stages" / "second" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
-        assert process.poll() is None, (other / "log.txt").read_text()[-3000:]
-        time.sleep(0.01)
-    ranks = metrics.parent / "ranks" / "rank-0.stacks.txt"
+    wait_for_steps(other, 2, process)
+    ranks = other / "stages" / "gate" / "ranks" / "rank-0.stacks.txt"
     os.kill(int(ranks.read_text().split("process ")[1].split()[0]), signal.SIGKILL)
     assert process.wait(timeout=60) == 128 + signal.SIGKILL
     found = verdict(other)

@@ -103,6 +103,14 @@ def test_published_recipes_compile(curriculum, model, precision, monkeypatch):
         check(config, recipe.model)  # the four multipliers, sizes, norm, activation
 
 
+def with_options(precision, gpu, **options):
+    """The default curriculum in a shipped precision, its first phase with options of it."""
+    recipe = composed(f"precision={precision}", f"cluster.gpu={gpu}")
+    phase = recipe.phase["foundation"]
+    phase = phase.model_copy(update={"precision": phase.precision.model_copy(update=options)})
+    return recipe.model_copy(update={"phase": {**recipe.phase, "foundation": phase}})
+
+
 @pytest.mark.parametrize("precision", [p for p in PRECISIONS if p != "bf16"])
 def test_options_of_fp8_reach_megatron(precision, monkeypatch):
     """Parameter gather with every recipe, bf16 layers at either end where the recipe takes them; DDP and the optimizer check theirs too."""
@@ -111,9 +119,8 @@ def test_options_of_fp8_reach_megatron(precision, monkeypatch):
 
     gpu, capability = GPU.get(precision, ("h100", (9, 0)))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-    key = "phase.foundation.precision"
-    layers = [] if precision == "fp8_delayed" else [f"{key}.bf16_layers_at_start=2", f"{key}.bf16_layers_at_end=3"]
-    recipe = compose([f"precision={precision}", f"cluster.gpu={gpu}", f"{key}.fp8_param_gather=true", *layers])
+    layers = {} if precision == "fp8_delayed" else {"bf16_layers_at_start": 2, "bf16_layers_at_end": 3}
+    recipe = with_options(precision, gpu, fp8_param_gather=True, **layers)
     lint_check(recipe)
     args, config = parse(recipe, "foundation", monkeypatch)
     assert args.fp8_param_gather
@@ -128,7 +135,7 @@ def test_options_of_fp8_reach_megatron(precision, monkeypatch):
 
 
 def test_megatron_refuses_what_the_linter_refuses_of_bf16_layers(monkeypatch):
-    recipe = compose(["precision=fp8_delayed", "phase.foundation.precision.bf16_layers_at_start=1"])
+    recipe = with_options("fp8_delayed", "h100", bf16_layers_at_start=1)
     assert any(p.key == "phase.foundation.precision.bf16_layers_at_start" for p in lint(recipe))
     with pytest.raises(ValueError, match="Delayed scaling does not support first / last layer in BF16"):
         parse(recipe, "foundation", monkeypatch)
