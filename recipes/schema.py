@@ -127,6 +127,8 @@ class Phase(Strict):
     save_interval_steps: PositiveInt
     keep_checkpoints: PositiveInt = 2
     """Checkpoints kept on disk while the phase runs, the newest last; older ones go."""
+    async_saves: bool = False
+    """A process beside each rank writes checkpoints while the next steps are taken; until one is whole there is another on the disk."""
     log_interval_steps: PositiveInt = 1
     exit_after_minutes: PositiveInt | None = None
     """Save and leave after this many minutes, to be resumed by the next job of the same stage."""

@@ -220,6 +220,9 @@ def _checkpoints(phase: Phase, stage_dir: Path, load: Load | None) -> list[str]:
     # Fully reshardable at every save: any checkpoint may become the boundary's, and the next stage may change TP, PP, CP and DP.
     # Integrity sums let a resume notice a damaged file; the hand-off has sums of its own.
     args += _flags("dist-ckpt-optim-fully-reshardable", "verify-integrity", "exit-signal-handler")
+    if phase.async_saves:
+        # The strategy of Megatron-Core: NVIDIA's own (nvrx) needs another package and a GPU.
+        args += [*_flags("async-save", "use-persistent-ckpt-worker"), *_values(async_strategy="mcore")]
     if phase.exit_after_minutes is not None:
         args += _values(exit_duration_in_mins=phase.exit_after_minutes)
     if load is not None:

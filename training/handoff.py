@@ -28,7 +28,15 @@ FORMAT = "quarry.handoff/1"
 TRACKER = "latest_checkpointed_iteration.txt"
 
 # What may change when a stage is resumed: it alters where and how often things happen, not what is learned.
-RESUMABLE_CHANGES = ("parallel", "save_interval_steps", "keep_checkpoints", "log_interval_steps", "exit_after_minutes", "title")
+RESUMABLE_CHANGES = (
+    "parallel",
+    "save_interval_steps",
+    "keep_checkpoints",
+    "async_saves",
+    "log_interval_steps",
+    "exit_after_minutes",
+    "title",
+)
 
 
 class Refused(ValueError):

@@ -58,6 +58,9 @@ class PhaseHooks:
         self.scheduler: TokenScheduler | None = None
         self.loaded_step = self.last_logged_step = 0
         self.final_loss: float | None = None
+        self.saved_step: int | None = None
+        """The last save that was begun."""
+        self.trained = False
 
     def install(self) -> None:
         self._setup = upstream.setup_model_and_optimizer
@@ -111,11 +114,20 @@ class PhaseHooks:
 
     def save_checkpoint(self, iteration: int, *args: Any, **kwargs: Any) -> None:
         checkpoints = self.stage_dir / "checkpoints"
-        if latest_step(checkpoints) == iteration:
+        if iteration in (latest_step(checkpoints), self.saved_step):
             return
-        self._save(iteration, *args, **kwargs)
+        megatron_args = get_args()
+        asynchronous = megatron_args.async_save
+        # Behind the last step there is nothing to go on with, and Megatron has ended the writer.
+        megatron_args.async_save = asynchronous and not self.trained
+        try:
+            self._save(iteration, *args, **kwargs)
+        finally:
+            megatron_args.async_save = asynchronous
+        self.saved_step = iteration
         torch.distributed.barrier()
-        if torch.distributed.get_rank() == 0:
+        # An asynchronous save is not whole yet: what it replaces goes when the next one is begun.
+        if torch.distributed.get_rank() == 0 and latest_step(checkpoints) is not None:
             prune(checkpoints, self.keep_checkpoints)
 
     def train(self, forward_step_func: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -128,6 +140,7 @@ class PhaseHooks:
         try:
             return self._train(forward_step_func, model, *args, **kwargs)
         finally:
+            self.trained = True
             data.recorder = None  # what follows are held-out samples
 
     def training_log(

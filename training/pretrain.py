@@ -16,7 +16,7 @@ from typing import Any
 from data_prep.files import write_json
 from recipes.schedules import learning_rate_function
 from recipes.schema import Recipe
-from training import disk, fast_import, rank_end, stacks, startup
+from training import async_saves, disk, fast_import, rank_end, stacks, startup
 from training.arguments import Load, add_granite_arguments, compile_phase
 from training.exit_codes import DISK_FULL, FINISHED, REFUSED
 from training.files import digest_folder
@@ -123,6 +123,8 @@ def _run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, trai
     hooks.install()
     if not args.async_save:
         fast_import.results_stay_in_process()
+    elif recipe.cluster.gpu == "cpu":
+        async_saves.install()
 
     dataset: list[Any] = []
 

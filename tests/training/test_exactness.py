@@ -12,11 +12,13 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from data_prep.index_caches import cache_path, verify_cache
 from data_prep.manifest import MixtureManifest, mixture_path
-from tests.training.factory import STEPS, make_data, make_recipe, start, start_stage
+from tests.training.factory import STEPS, make_data, make_recipe, read_checkpoint, start, start_stage
+from training.handoff import latest_step
 from training.stage import run_torchrun
 
 pytestmark = pytest.mark.multirank
@@ -175,13 +177,36 @@ def test_sigterm_saves_and_asks_to_be_resumed(base, undisturbed):
     assert exact(metrics(run)) == exact(metrics(undisturbed("dp2")))
 
 
+def test_kill_inside_an_asynchronous_save(base, undisturbed):
+    """Steps go on while step 14 is being written; a rank that is killed then takes its writer along, and step 7 is resumed from."""
+    run = fork_run(base, "async", "dp2", async_saves=True)
+    unfinished = run / "stages" / "second" / "checkpoints" / "iter_0000014"
+    unfinished.mkdir(parents=True)
+    os.mkfifo(unfinished / "__1_0.distcp")  # whoever writes here waits for a reader
+    process = start(run, "second")
+    wait_for_step(run, 16, process)
+    assert latest_step(unfinished.parent) == 7
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) > 2, "no writers beside the ranks"
+    os.kill(ranks_of(process)[-1], signal.SIGKILL)
+    assert process.wait(timeout=60) == 128 + signal.SIGKILL
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive
+    (unfinished / "__1_0.distcp").unlink()
+    assert start_stage(run, "second") == 0, (run / "log.txt").read_text()[-3000:]
+    assert "resume (own checkpoint of step 7" in (run / "log.txt").read_text()
+    assert exact(metrics(run)) == exact(metrics(undisturbed("dp2")))
+    assert heldout(run) == heldout(undisturbed("dp2"))
+    found, expected = (read_checkpoint(r / "stages" / "second") for r in (run, undisturbed("dp2")))
+    assert found.keys() == expected.keys()
+    assert all(tensor.equal(found[key]) for key, tensor in expected.items())
+
+
 def test_handoff_keeps_weights_and_moments_bit_for_bit(base):
     """Load the hand-off into another layout, save before the first step, and compare all tensors of both checkpoints."""
     run = fork_run(base, "moments", "tp2_sp")
     program = "from tests.training.factory import save_before_the_first_step; save_before_the_first_step()"
     subprocess.run([sys.executable, "-W", "ignore", "-c", program, str(run)], check=True, capture_output=True)
-    from tests.training.factory import read_checkpoint
-
     before = read_checkpoint(run / "stages" / "first")
     after = read_checkpoint(run / "stages" / "second")
     moments = [key for key in before if "exp_avg" in key]
