@@ -214,6 +214,7 @@ def test_lengths_fit_layout_and_precision():
     assert grain() == 1
     assert grain(tensor_model_parallel_size=4, sequence_parallel=True) == 4
     assert grain(context_parallel_size=32, tensor_model_parallel_size=4, sequence_parallel=True, fp8="hybrid") == 2048
+    assert grain(context_parallel_size=32, tensor_model_parallel_size=4, sequence_parallel=True) == 512
     assert grain(context_parallel_size=2, seq_length=64) == 4
     assert grain(context_parallel_size=2, seq_length=64, fp8="e4m3", fp8_recipe="mxfp8") == 64
 
@@ -271,7 +272,7 @@ def test_attention_under_context_parallelism_makes_no_mask_of_the_whole(monkeypa
     core(query, key, value, None, packed_seq_params=packed).sum().backward()
     grown = peak_resident_bytes() - before
     print(f"grown by {grown / MEBIBYTE:.1f} MiB")
-    assert grown < 80 * MEBIBYTE
+    assert grown < 110 * MEBIBYTE
 
 
 def test_blocks_of_queries_are_the_whole(monkeypatch):
