@@ -136,13 +136,15 @@ def head_bytes(model: Model, parallel: Parallel, precision: Precision, tokens: i
 
 
 def logits_bytes(model: Model, parallel: Parallel, precision: Precision, tokens: int) -> int:
-    """Logits [tokens, vocab / tensor] at their peak: as computed, and the fp32 copy that turns into probabilities in place, which the
-    backward pass turns into the gradient, of the logits' dtype again (core/fusions/fused_cross_entropy.py).
+    """Logits [tokens, vocab / tensor] at their peak, in the backward pass of the loss: probabilities in fp32, the copy of them that
+    torch.compile makes where core/fusions/fused_cross_entropy.py writes in place, and the gradient in the logits' dtype.
 
-    A chunked loss has only a chunk of them, and keeps none for the backward pass (model/chunked_loss.py).
+    (In the forward pass there are logits in their dtype and one fp32 copy.) A chunked loss has only a chunk of them, keeps none for the
+    backward pass, and writes in place: logits, fp32 copy and gradient (model/chunked_loss.py).
     """
-    at_once = min(tokens, parallel.loss_chunk_tokens or tokens)
-    return at_once * (model.vocab_size // parallel.tensor) * (WIDE_BYTES[precision.dtype] + FP32_BYTES)
+    wide = WIDE_BYTES[precision.dtype]
+    each = 2 * wide + FP32_BYTES if parallel.loss_chunk_tokens else 2 * FP32_BYTES + wide
+    return min(tokens, parallel.loss_chunk_tokens or tokens) * (model.vocab_size // parallel.tensor) * each
 
 
 def logits_kept_bytes(model: Model, parallel: Parallel, tokens: int) -> int:
