@@ -141,6 +141,32 @@ def test_megatron_refuses_what_the_linter_refuses_of_bf16_layers(monkeypatch):
         parse(recipe, "foundation", monkeypatch)
 
 
+def test_documents_apart_reach_megatron(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    recipe = composed("curriculum=five_phase", "model=granite_4_1_8b")
+    args, _ = parse(recipe, "long_32k", monkeypatch)
+    assert args.documents_apart
+    assert args.restart_positions
+    assert args.calculate_per_token_loss
+    args, _ = parse(recipe, "foundation", monkeypatch)
+    assert not any((args.documents_apart, args.restart_positions, args.calculate_per_token_loss))
+
+    def compiled(**changes):
+        phase = recipe.phase["long_32k"].model_copy(update=changes)
+        changed = recipe.model_copy(update={"phase": {**recipe.phase, "long_32k": phase}})
+        return compile_phase(changed, "long_32k", Path("/runs/x")), phase
+
+    arguments, phase = compiled(restart_positions=False)
+    assert "--no-rope-fusion" in arguments  # the fused kernel restarts in every packed sequence
+    assert not phase.packed_lengths_vary
+    layout = recipe.phase["long_32k"].parallel.model_copy(update={"pipeline": 2})
+    arguments, phase = compiled(parallel=layout)
+    assert phase.packed_lengths_vary
+    assert arguments[arguments.index("--moe-token-dispatcher-type") + 1] == "alltoall"
+    _, phase = compiled(parallel=layout.model_copy(update={"context": 1}))
+    assert not phase.packed_lengths_vary
+
+
 def test_smoke_compiles(monkeypatch):
     recipe = compose(["curriculum=smoke", "cluster=local"])
     for stage, phase in recipe.phase.items():
