@@ -321,7 +321,8 @@ def rank_memory(
     """Memory of a rank in bytes, of pipeline stage `pipeline_rank` or (None) of the stage that needs most.
 
     `micro_batch_samples` None: the layout's. `micro_batches` per step and data-parallel rank bound how many are in flight; None: enough to
-    fill the pipeline. The layout must be one that the linter's other rules have passed.
+    fill the pipeline. Adam's moments are in fp32 whatever `optimizer` says today. The layout must be one that the linter's other rules
+    have passed.
     """
     samples = parallel.micro_batch_samples if micro_batch_samples is None else micro_batch_samples
     ranks = range(parallel.pipeline) if pipeline_rank is None else [pipeline_rank]
