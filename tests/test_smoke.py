@@ -212,8 +212,11 @@ def test_fine_tuning_lowers_the_loss_on_answers_that_were_held_out(run):
 
 def test_reinforcement_learning_raises_the_reward_of_the_model_that_sampled(run, recipe):
     metrics = rows(run, "math")
-    first, last = (sum(m["reward"] for m in part) / len(part) for part in (metrics[:3], metrics[-3:]))
-    assert last > first + 0.1, (first, last)
+    first, last = (
+        metrics[0]["reward"],
+        sum(m["reward"] for m in metrics[-3:]) / 3,
+    )  # the form of the answer is learned in a step or two
+    assert last > first + 0.2, (first, last)
     assert max(m["max_gap_nats"] for m in metrics) < 1e-4
     assert all(m["failed_reward_share"] == 0 for m in metrics)
 
