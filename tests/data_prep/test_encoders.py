@@ -80,7 +80,7 @@ stretches = st.lists(
 ).map("".join)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(text=stretches, size=st.integers(1, 40), data=st.data())
 def test_pieces_encoded_apart_are_the_whole(folder, gpt2, text, size, data):
     for one in (folder, gpt2):
@@ -276,7 +276,7 @@ def test_the_table_finds_documents_by_their_tokens():
 # --- the small reference ---------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(texts=st.lists(stretches, min_size=1, max_size=4), policy=st.sampled_from(["as_ids", "as_text"]))
 def test_the_small_reference_is_the_reference(folder, gpt2, texts, policy):
     for one in (folder, gpt2):

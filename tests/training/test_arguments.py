@@ -80,9 +80,17 @@ def with_precision(curriculum, model, precision, gpu):
     return recipe.model_copy(update={"phase": phases, "cluster": other.cluster})
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("curriculum", CURRICULA)
+# Curricula differ in the order, length and rates of phases, none of which a precision looks at: each with bf16, the default with all.
+@pytest.mark.parametrize(
+    ("curriculum", "model", "precision"),
+    [
+        (curriculum, model, precision)
+        for curriculum in CURRICULA
+        for model in MODELS
+        for precision in PRECISIONS
+        if precision == "bf16" or curriculum == "five_phase"
+    ],
+)
 def test_published_recipes_compile(curriculum, model, precision, monkeypatch):
     gpu, capability = GPU.get(precision, ("h100", (9, 0)))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
