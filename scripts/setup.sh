@@ -20,9 +20,10 @@ else
     fi
     "$python" -m venv "$venv"
   fi
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r requirements.lock
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 fi
-# Byte code now, on all cores, instead of during the first run. Some packages ship templates that are no Python: those do not matter.
-"$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null 2>&1 || true
+# Byte code now, on all cores, instead of during the first run; but for what is rarely or never imported. Some packages ship templates
+# that are no Python: those do not matter.
+"$venv/bin/python" -m compileall -q -j 0 -x '/transformers/models/|/torch/testing/|/tests?/|/nvidia/|/leptonai/' "$venv/lib" >/dev/null 2>&1 || true
 echo "environment ready: $venv ($("$venv/bin/python" --version))"

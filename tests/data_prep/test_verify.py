@@ -70,7 +70,7 @@ def test_the_protected_files_are_those_of_the_issue(clean):
     assert kinds == {".bin", ".idx", ".json", ".model", ".npy", ".txt"}
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), place=st.floats(0, 1, exclude_max=True), mask=st.integers(1, 255))
 def test_one_altered_byte_anywhere(clean, tmp_path, data, place, mask):
     copy = tmp_path / "flipped"

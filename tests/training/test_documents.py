@@ -272,7 +272,7 @@ def test_attention_under_context_parallelism_makes_no_mask_of_the_whole(monkeypa
     core(query, key, value, None, packed_seq_params=packed).sum().backward()
     grown = peak_resident_bytes() - before
     print(f"grown by {grown / MEBIBYTE:.1f} MiB")
-    assert grown < 110 * MEBIBYTE
+    assert grown < 150 * MEBIBYTE  # 50 to 120 with what the allocator keeps; a mask of the whole would add 160
 
 
 def test_blocks_of_queries_are_the_whole(monkeypatch):

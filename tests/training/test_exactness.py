@@ -111,7 +111,8 @@ def test_it_learns_and_the_position_starts_anew(undisturbed):
     assert rows[0]["loss"] < fresh - 0.3
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+# tp2_cp2 has what tensor and context parallelism do at a resume.
+@pytest.mark.parametrize("layout", ["single", "dp2", "pp2", "tp2_cp2"])
 def test_kill_and_the_same_command_again(base, undisturbed, layout):
     run = fork_run(base, f"killed-{layout}", layout)
     process = start(run, "second")

@@ -321,13 +321,13 @@ def test_a_missing_file_stops_megatron_itself(root):
         "import sys\nfrom pathlib import Path\nfrom training.blend import blended\n"
         "from data_prep.index_caches import cache_path\nfrom data_prep.manifest import MixtureManifest, mixture_path\n"
         "root = Path(sys.argv[1])\nmanifest = MixtureManifest.read(mixture_path(root, 'second'))\n"
+        "blended(manifest, root, cache_path(root, manifest), build=False)\nprint('whole', flush=True)\nPath(sys.argv[2]).unlink()\n"
         "blended(manifest, root, cache_path(root, manifest), build=False)"
     )
     victim = folder(root) / IndexCache.read(folder(root) / "record.json").blend.dataset_index
-    command = [sys.executable, "-W", "ignore", "-c", program, str(root)]
-    assert subprocess.run(command, capture_output=True).returncode == 0
-    victim.unlink()
+    command = [sys.executable, "-W", "ignore", "-c", program, str(root), str(victim)]
     done = subprocess.run(command, capture_output=True, text=True)
+    assert "whole" in done.stdout, done.stderr
     assert done.returncode == 1
     assert "FileNotFoundError" in done.stderr
     assert not victim.exists()
