@@ -33,8 +33,9 @@ NEVER = {
 }
 NOT_AT_MODULE_LEVEL = {"data_prep": {"torch"}}
 
-LIMIT_SECONDS = 3.5
-"""Of CPU, which a core shared with another thread stretches by more than half; on a quiet one the slowest, `quarry plan`, takes 2."""
+LIMIT_SECONDS = 2.0
+SLOWEST_LIMIT_SECONDS = 3.5
+"""Of `quarry plan` on the default curriculum, which Hydra composes in most of 2 s of CPU on a quiet machine: one that tests share needs more."""
 
 
 def imports(tree: ast.AST, *, module_level: bool) -> Iterator[tuple[int, str]]:
@@ -127,11 +128,11 @@ def run_light(arguments: list[str]) -> tuple[float, str]:
 )
 def test_light_commands_answer_quickly_without_torch(arguments: list[str]) -> None:
     # CPU seconds, the best of three: the machine may be busy with other tests, which says nothing about the command.
-    times = []
+    times, limit = [], SLOWEST_LIMIT_SECONDS if arguments == ["plan"] else LIMIT_SECONDS
     for _ in range(3):
         seconds, output = run_light(arguments)
         assert output.strip()
         times.append(seconds)
-        if seconds < LIMIT_SECONDS:
+        if seconds < limit:
             return
-    pytest.fail(f"quarry {' '.join(arguments)} took {min(times):.1f} s of CPU at best, the limit is {LIMIT_SECONDS} s")
+    pytest.fail(f"quarry {' '.join(arguments)} took {min(times):.1f} s of CPU at best, the limit is {limit} s")
