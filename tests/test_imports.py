@@ -35,7 +35,7 @@ NOT_AT_MODULE_LEVEL = {"data_prep": {"torch"}}
 
 LIMIT_SECONDS = 2.0
 SLOWEST_LIMIT_SECONDS = 3.5
-"""Of `quarry plan` on the default curriculum, which Hydra composes in most of 2 s of CPU on a quiet machine: one that tests share needs more."""
+"""Of `quarry plan` on the default curriculum, which Hydra composes in 2 s of CPU on a quiet machine: one that tests share takes more."""
 
 
 def imports(tree: ast.AST, *, module_level: bool) -> Iterator[tuple[int, str]]:
