@@ -36,7 +36,6 @@ pytestmark = pytest.mark.multirank
 
 TOLERANCE = 2e-6
 LENGTHS = (11, 1, 30, 7, 47)  # of the worker's sample
-MEBIBYTE = 2**20
 
 
 @pytest.fixture(scope="module")
