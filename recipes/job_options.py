@@ -67,6 +67,9 @@ class Precision(Strict):
     """Keep parameters in FP8 for the distributed optimizer's all-gather."""
     bf16_layers_at_start: NonNegativeInt = 0
     bf16_layers_at_end: NonNegativeInt = 0
+    gradients_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What gradients are accumulated and reduced over data-parallel ranks in, 4 or 2 bytes per parameter of a rank. bf16 (with bf16 weights):
+    Megatron's --grad-reduce-in-bf16, half the memory and half the bytes sent, with 8 bits of every sum."""
 
 
 class Optimizer(Strict):
@@ -77,3 +80,14 @@ class Optimizer(Strict):
     epsilon: PositiveFloat
     weight_decay: NonNegativeFloat
     clip_grad_norm: PositiveFloat
+    precision_aware: bool = False
+    """Transformer Engine's FusedAdam keeps its state in the dtypes below instead of 4 bytes each (--use-precision-aware-optimizer). Bytes
+    are per parameter that a data-parallel rank owns. The step itself is computed in fp32."""
+    main_params_dtype: Literal["fp32", "fp16"] = "fp32"
+    """Weights that the step is made on (--main-params-dtype). With precision_aware, fp32 takes 2 bytes where the optimizer holds them itself
+    (without FP8 and with fp8 delayed): the 16 bits that the bf16 weight lacks, exactly; 4 with other FP8 recipes. fp16: 2 bytes, one scale
+    per tensor."""
+    exp_avg_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = "fp32"
+    """Adam's first moment: 4, 2, 2 or 1 bytes (--exp-avg-dtype); fp16 and fp8 with one scale per tensor."""
+    exp_avg_sq_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = "fp32"
+    """Adam's second moment, as exp_avg_dtype (--exp-avg-sq-dtype)."""
