@@ -6,13 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from data_prep.errors import DataError
+from data_prep.errors import FULL, DataError, machine_says
 from data_prep.progress import Shown
 from data_prep.whole import prepare_everything
 from recipes.schema import Recipe, RecipeError
 
 EXIT_REFUSED = 78
 """Configuration or data that a person has to change (as the stages use it)."""
+EXIT_DISK_FULL = 74
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,6 +29,13 @@ def main(arguments: list[str] | None = None) -> int:
     except (DataError, RecipeError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return EXIT_REFUSED
+    except OSError as error:
+        said = machine_says(error)
+        if said is None:
+            raise
+        full = error.errno in FULL
+        print(f"{'disk full' if full else 'refused'}: {said}", file=sys.stderr)
+        return EXIT_DISK_FULL if full else EXIT_REFUSED
     return 0
 
 

@@ -7,6 +7,7 @@ documents before the break and then one BadLine.
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -330,13 +331,35 @@ def _read_parquet(path: Path, text_key: str, shown: str, columns: Sequence[str])
 
 
 def expand(patterns: Iterable[str], what: str) -> list[Path]:
-    """Files that the glob patterns match, each once, sorted by path; DataError for a pattern that matches no file."""
+    """Files that the paths or glob patterns match, each once, sorted by path; a file of exactly that name comes before a pattern.
+
+    DataError for a pattern that matches no file, and for a match that is no readable name of a file: left out, it would be missed by nobody.
+    """
     import glob
 
     found: set[str] = set()
     for pattern in patterns:
-        matched = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
+        matches = [pattern] if os.path.lexists(pattern) else glob.glob(pattern, recursive=True)
+        matched = [path for path in matches if not os.path.isdir(path)]
+        for path in matched:
+            _refuse_name(path, what)
         if not matched:
-            raise DataError(f"{what}: nothing matches '{pattern}' (from {Path.cwd()}); put the files there or change the path")
+            folder = "; it is a folder: name the files in it" if matches else "; put the files there or change the path"
+            raise DataError(f"{what}: nothing matches '{pattern}' (from {Path.cwd()}){folder}")
         found.update(matched)
     return [Path(path) for path in sorted(found)]
+
+
+def _refuse_name(path: str, what: str) -> None:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+        raise DataError(f"{what}: {shown}: the name is not UTF-8, and no record can hold it; rename the file") from None
+    if os.path.isfile(path):
+        return
+    if os.path.islink(path) and not os.path.exists(path):
+        raise DataError(
+            f"{what}: {path} is a link to {os.readlink(path)}, where no file can be reached; mend or remove the link"
+        )
+    raise DataError(f"{what}: {path} is neither a file nor a folder (a pipe or device?); write its content to a file")

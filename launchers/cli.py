@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 VERSION_OF = "quarry"
 EXIT_USAGE = 2
@@ -32,6 +33,9 @@ COMMANDS = {
 }
 """Subcommand -> module (with `add_parser(subparsers)` and `run(args) -> int`) and one line of help."""
 
+AT_ONCE = ("tokenize",)
+"""Commands that register nothing to be done when the interpreter ends."""
+
 DESCRIPTION = "Training recipes for Granite-4.1-style models on Megatron-LM: plan, prepare data, launch, follow, report."
 EXAMPLE = """examples:
   quarry plan curriculum=smoke                     what would be trained, phase by phase
@@ -53,6 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `quarry status | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full or read-only disk, a folder of somebody else
+        from data_prep.errors import machine_says
+
+        said = machine_says(error)
+        if said is None:
+            raise
+        print(f"quarry: {said}", file=sys.stderr)
+        return EXIT_USAGE
     except ValueError as error:
         if not _is_readable(error):
             raise
@@ -107,5 +119,18 @@ def _is_readable(error: ValueError) -> bool:
     return isinstance(error, RecipeError | DataError | LaunchError)
 
 
+def script() -> NoReturn:
+    """What the command `quarry` calls: main(), and the end of the process.
+
+    Of commands in AT_ONCE without taking its memory apart piece by piece, which takes longer than they can afford.
+    """
+    code = main()
+    if sys.argv[1:2] and sys.argv[1] in AT_ONCE:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

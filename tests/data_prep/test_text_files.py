@@ -3,6 +3,8 @@
 import gzip
 import itertools
 import json
+import os
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -166,3 +168,39 @@ def test_patterns_are_expanded_once_and_in_order(tmp_path, monkeypatch):
     assert [p.name for p in expand(["*.jsonl", "a*"], "--input")] == ["a.jsonl", "b.jsonl"]
     with pytest.raises(DataError, match=r"--input: nothing matches '\*.gz'"):
         expand(["*.gz"], "--input")
+
+
+def test_names_that_no_pattern_loses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a[1].jsonl", GOOD)
+    write(tmp_path / "a1.jsonl", GOOD)
+    (tmp_path / "folder.jsonl").mkdir()
+    assert expand(["a[1].jsonl"], "--input") == [Path("a[1].jsonl")]
+    assert len(expand(["*.jsonl"], "--input")) == 2
+    with pytest.raises(DataError, match=r"--input: nothing matches 'folder.jsonl' .*it is a folder: name the files in it"):
+        expand(["folder.jsonl"], "--input")
+
+
+def _dangling(path):
+    path.symlink_to("gone.jsonl")
+
+
+def _circular(path):
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        (b"b.jsonl", _dangling, "b.jsonl is a link to gone.jsonl, where no file can be reached; mend"),
+        (b"b.jsonl", _circular, "b.jsonl is a link to b.jsonl, where no file"),
+        (b"b.jsonl", os.mkfifo, "b.jsonl is neither a file nor a folder"),
+        (b"\xff.jsonl", Path.touch, r"\\xff.jsonl: the name is not UTF-8, .*; rename the file"),
+    ],
+)
+def test_a_match_that_cannot_be_read_is_refused_not_left_out(tmp_path, monkeypatch, name, make, message):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.jsonl", GOOD)
+    make(Path(os.fsdecode(name)))
+    with pytest.raises(DataError, match=message):
+        expand(["*.jsonl"], "--input")

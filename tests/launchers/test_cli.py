@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -63,9 +64,16 @@ def test_errors_with_a_remedy_are_one_message(
     assert capsys.readouterr().err == "quarry: phase.a.tokens: no; take 5\n"
 
 
-def test_bugs_keep_their_traceback(command: SimpleNamespace) -> None:
-    command.error = ValueError("a bug")
-    with pytest.raises(ValueError, match="a bug"):
+def test_what_the_machine_refuses_is_one_message(command: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    command.error = PermissionError(errno.EACCES, "no", "/there")
+    assert cli.main(["probe"]) == 2
+    assert capsys.readouterr().err.startswith("quarry: /there: Permission denied; let user ")
+
+
+@pytest.mark.parametrize("bug", [ValueError("a bug"), FileNotFoundError(errno.ENOENT, "a bug", "/there")])
+def test_bugs_keep_their_traceback(command: SimpleNamespace, bug: Exception) -> None:
+    command.error = bug
+    with pytest.raises(type(bug), match="a bug"):
         cli.main(["probe"])
 
 
