@@ -52,7 +52,7 @@ def _arm_rules(recipe: Recipe, stage: str, name: ArmName, phase: Phase) -> Itera
     if arm.transformer_impl == "local" and phase.precision.fp8 is not None:
         rule = f"precision {phase.precision.name} is Transformer Engine's"
         yield Problem(f"{key}.transformer_impl", arm.transformer_impl, rule, f"null, or {key}.precision with bf16")
-    if arm.precision is None and arm.parallel is None:
+    if arm.precision is None and arm.parallel is None and arm.optimizer is None:
         return  # the phase's own values, which are linted as such
     seen = recipe.model_copy(update={"phase": {**recipe.phase, recipe.ab[stage].phase: phase}})
     for problem in phase_layout_rules(seen, recipe.ab[stage].phase, phase):
@@ -61,6 +61,6 @@ def _arm_rules(recipe: Recipe, stage: str, name: ArmName, phase: Phase) -> Itera
 
 def _own(recipe: Recipe, stage: str, name: ArmName, text: str) -> str:
     """A message about the phase as the arm has it, in the keys that change the arm."""
-    for part in ("precision", "parallel"):
+    for part in ("precision", "parallel", "optimizer"):
         text = text.replace(f"phase.{recipe.ab[stage].phase}.{part}", f"ab.{stage}.{name}.{part}")
     return text

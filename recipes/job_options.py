@@ -81,13 +81,13 @@ class Optimizer(Strict):
     weight_decay: NonNegativeFloat
     clip_grad_norm: PositiveFloat
     precision_aware: bool = False
-    """Transformer Engine's FusedAdam keeps its state in the dtypes below instead of 4 bytes each (--use-precision-aware-optimizer). Bytes
-    are per parameter that a data-parallel rank owns. The step itself is computed in fp32."""
+    """Transformer Engine's FusedAdam keeps its state in the dtypes below instead of 4 bytes each (--use-precision-aware-optimizer): bytes per
+    parameter that a data-parallel rank owns, a dp-th of the model. Steps are computed in fp32 whatever they are."""
     main_params_dtype: Literal["fp32", "fp16"] = "fp32"
-    """Weights that the step is made on (--main-params-dtype). With precision_aware, fp32 takes 2 bytes where the optimizer holds them itself
-    (without FP8 and with fp8 delayed): the 16 bits that the bf16 weight lacks, exactly; 4 with other FP8 recipes. fp16: 2 bytes, one scale
-    per tensor."""
-    exp_avg_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = "fp32"
-    """Adam's first moment: 4, 2, 2 or 1 bytes (--exp-avg-dtype); fp16 and fp8 with one scale per tensor."""
-    exp_avg_sq_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = "fp32"
-    """Adam's second moment, as exp_avg_dtype (--exp-avg-sq-dtype)."""
+    """The weights that steps are made on, beside bf16 ones (--main-params-dtype): 4 bytes, or 2 with a scale per tensor."""
+    exp_avg_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Adam's first moment (--exp-avg-dtype): 4 or 2 bytes; fp16 with a scale per tensor. (Megatron's fp8 is left out: on Hopper Transformer
+    Engine keeps it twice, by rows and by columns, so that it takes 2 bytes, too.)"""
+    exp_avg_sq_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Adam's second moment (--exp-avg-sq-dtype), as the first. While a step is made each state in fp16 is there in fp32 too, and so is a
+    moment in bf16 unless both are."""

@@ -40,7 +40,8 @@ def lint(recipe: Recipe) -> list[Problem]:
             problems += [*initial_rules(recipe, stage), *grpo_rules(recipe, stage)]
         elif stage in recipe.ab:
             problems += ab_rules(recipe, stage)
-    return problems or list(memory_rules(recipe))  # which counts on a layout that divides
+    told = {str(problem): problem for problem in problems}  # of what all stages share every one of them says the same
+    return list(told.values()) or list(memory_rules(recipe))  # which counts on a layout that divides
 
 
 def check(recipe: Recipe) -> None:

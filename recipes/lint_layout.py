@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from recipes.docker_options import DockerOptions, docker_options, layout_of
 from recipes.fields import Strict
+from recipes.lint_optimizer import optimizer_rules
 from recipes.problem import Problem
 from recipes.schema import Model, Parallel, Phase, Recipe
 from recipes.slurm_options import SlurmOptions, limit_seconds, slurm_options
@@ -135,6 +136,7 @@ def phase_layout_rules(recipe: Recipe, stage: str, phase: Phase) -> Iterator[Pro
         rule = f"a micro batch has only {tokens} tokens per rank: all of their logits would exist at once"
         yield Problem(f"{key}.loss_chunk_tokens", layout.loss_chunk_tokens, rule, f"null, or e.g. {max(1, tokens // 4)}")
     yield from _precision(recipe, stage, phase)
+    yield from optimizer_rules(recipe, stage, phase)
 
 
 def _nodes(recipe: Recipe, key: str, layout: Parallel) -> Iterator[Problem]:

@@ -63,11 +63,14 @@ def parts_text(memory: RankMemory) -> str:
         "weights": memory.parameters_bytes + memory.fp8_weights_bytes,
         "gradients": memory.gradients_bytes,
         "optimizer": memory.optimizer_bytes,
-        "activations": memory.activations_bytes,
-        "logits" if memory.logits_bytes > memory.workspace_bytes else "a layer's workspace": memory.passing_bytes,
         "communication": memory.communication_bytes,
         "fragmentation": memory.allowance_bytes,
     }
+    if memory.optimizer_step_bytes == memory.fullest_bytes:
+        parts["fp32 copies in the optimizer's step"] = memory.optimizer_step_bytes
+    else:
+        parts["activations"] = memory.activations_bytes
+        parts["logits" if memory.logits_bytes > memory.workspace_bytes else "a layer's workspace"] = memory.passing_bytes
     largest = sorted(parts.items(), key=lambda part: -part[1])
     return ", ".join(f"{name} {_gb(size)}" for name, size in largest if size >= 5e7)
 

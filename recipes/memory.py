@@ -3,7 +3,9 @@ account of activations, logits and communication.
 
 Parameters and gradients lie in the flat buffers of Megatron's DistributedDataParallel, whose padding and buckets are computed here as there
 (megatron-core 0.19.2: core/optimizer/param_layout.py, core/optimizer/distrib_optimizer.py `_compute_per_buffer_param_layout`,
-training/training.py `get_model`). tests/recipes/test_memory.py builds the rank's slice in Megatron and compares.
+training/training.py `get_model`). tests/recipes/test_against_megatron.py builds the rank's slice in Megatron and compares. State of the
+precision-aware optimizer is Transformer Engine's (2.17.1: pytorch/optimizers/fused_adam.py `initialize_state`, `step`), whose allocations a
+stand-in repeats there; nothing of it was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -16,11 +18,9 @@ from recipes import activations
 from recipes.job_options import Optimizer, Parallel, Precision
 from recipes.schema import Model
 
-GRADIENT_BYTES = 4
-"""Gradients are accumulated and reduced in fp32 (accumulate_allreduce_grads_in_fp32, which --bf16 turns on)."""
-OPTIMIZER_BYTES = {"bf16": 12, "fp32": 8}
-"""Per parameter that a rank owns: Adam's two moments in fp32, and with bf16 weights the fp32 weight that the step is made on."""
-PARAMETER_BYTES = {"bf16": 2, "fp32": 4}
+DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+SCALE_OF_STATE_BYTES = 4
+"""Transformer Engine's scale of a tensor of the optimizer's state that is not in fp32."""
 BUCKET_PARAMETERS = 40_000_000
 """Least size of a bucket where the gradient reduction overlaps; 1e6 per data-parallel rank if that is more."""
 SCALE_BYTES = {"blockwise": 4, "mxfp8": 1}
@@ -43,6 +43,8 @@ class RankMemory:
     gradients_bytes: int
     optimizer_bytes: int
     """Of the data-parallel rank that owns most."""
+    optimizer_step_bytes: int
+    """What of that rank is there in fp32 only while the optimizer makes its step: gradients, state. Activations are gone by then."""
     fp8_weights_bytes: int
     """FP8 copies of weights that Transformer Engine keeps between micro batches."""
     activations_bytes: int
@@ -63,7 +65,12 @@ class RankMemory:
     @property
     def total_bytes(self) -> int:
         lasting = self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes + self.fp8_weights_bytes
-        return lasting + self.activations_bytes + self.passing_bytes + self.communication_bytes + self.allowance_bytes
+        return lasting + self.fullest_bytes + self.communication_bytes + self.allowance_bytes
+
+    @property
+    def fullest_bytes(self) -> int:
+        """What comes and goes in a step, at its most: in the forward and backward passes, or in the optimizer."""
+        return max(self.activations_bytes + self.passing_bytes, self.optimizer_step_bytes)
 
 
 @dataclass(frozen=True)
@@ -160,14 +167,20 @@ def buckets(weights: list[Weight], bucket_parameters: int | None, data_parallel:
     return made
 
 
-def owned_elements(all_buckets: list[Bucket], data_parallel: int, data_rank: int) -> int:
-    """Parameters that the distributed optimizer of one data-parallel rank updates: its slice of each bucket, less padding."""
-    owned = 0
+def _owned_parts(all_buckets: list[Bucket], data_parallel: int, data_rank: int) -> list[int]:
+    """Elements of each tensor of which the distributed optimizer of one data-parallel rank updates some: its slice of each bucket, less
+    padding."""
+    parts = []
     for bucket in all_buckets:
         part = bucket.size // data_parallel
         first, last = data_rank * part, (data_rank + 1) * part
-        owned += sum(max(0, min(end, last) - max(start, first)) for start, end in bucket.ranges)
-    return owned
+        parts += [size for start, end in bucket.ranges if (size := min(end, last) - max(start, first)) > 0]
+    return parts
+
+
+def owned_elements(all_buckets: list[Bucket], data_parallel: int, data_rank: int) -> int:
+    """Parameters that the distributed optimizer of one data-parallel rank updates."""
+    return sum(_owned_parts(all_buckets, data_parallel, data_rank))
 
 
 def most_owned_elements(all_buckets: list[Bucket], data_parallel: int) -> int:
@@ -187,15 +200,55 @@ def in_flight_chunks(parallel: Parallel, pipeline_rank: int, micro_batches: int 
     return warm_up + 1 if micro_batches is None else min(warm_up + 1, micro_batches * chunks)
 
 
+def optimizer_holds_weights(precision: Precision, optimizer: Optimizer) -> bool:
+    """Transformer Engine's FusedAdam has the main weights and reads gradients as they are reduced; otherwise Megatron has both in fp32
+    (optimizer_config.py, `use_precision_aware_optimizer_no_fp8_or_ds_fp8`)."""
+    return optimizer.precision_aware and (optimizer.main_params_dtype != "fp32" or precision.fp8 in (None, "delayed"))
+
+
+def optimizer_bytes(precision: Precision, optimizer: Optimizer, owned: int, tensors: int) -> int:
+    """Bytes of the optimizer's state over `owned` parameters, which are parts of `tensors` tensors: Adam's moments and, beside bf16 weights,
+    the weights that steps are made on."""
+    states = [optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype]
+    if precision.dtype == "bf16":
+        states.append(optimizer.main_params_dtype)
+    return sum(DTYPE_BYTES[s] * owned + (s != "fp32") * SCALE_OF_STATE_BYTES * tensors for s in states)
+
+
+def optimizer_step_bytes(precision: Precision, optimizer: Optimizer, owned: int) -> int:
+    """Bytes of fp32 copies that a rank has from the optimizer's step to the next `zero_grad`: of bf16 gradients, unless FusedAdam reads them
+    itself; of states that its kernel does not take as they are (fused_adam.py `step`: all of a parameter group at once)."""
+    copies = 0
+    if precision.gradients_dtype == "bf16" and not optimizer_holds_weights(precision, optimizer):
+        copies += 1
+    moments = (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype)
+    if moments != ("bf16", "bf16"):
+        copies += sum(dtype != "fp32" for dtype in moments)
+    copies += optimizer.main_params_dtype != "fp32"
+    return copies * DTYPE_BYTES["fp32"] * owned
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes of a rank's parameters, gradients and optimizer."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    optimizer_step: int
+    """Beside them while a step is made."""
+
+
 def state_bytes(
     model: Model,
     parallel: Parallel,
     precision: Precision,
+    optimizer: Optimizer,
     pipeline_rank: int,
     *,
     data_rank: int | None = None,
     transformer_engine: bool = True,
-) -> tuple[int, int, int]:
+) -> State:
     """Bytes of parameters, gradients and optimizer state of data-parallel rank `data_rank`, or (None) of the one that owns most.
 
     Context-parallel ranks share in the optimizer: data-parallel ranks here are data x context. `transformer_engine`: see chunk_weights.
@@ -213,16 +266,22 @@ def state_bytes(
                 made = buckets(mine, bucket_parameters, data_parallel)
                 elements = sum(bucket.size for bucket in made)
                 if not fp8:
-                    parameters += elements * PARAMETER_BYTES[precision.dtype]
+                    parameters += elements * DTYPE_BYTES[precision.dtype]
                 elif precision.fp8 != "mxfp8":  # whose parameters are gathered through the gradients' buffer and lie elsewhere
                     parameters += elements
-                gradients += elements * GRADIENT_BYTES
+                gradients += elements * DTYPE_BYTES[precision.gradients_dtype]
                 every += made
     if data_rank is None:
-        owned = most_owned_elements(every, data_parallel)
+        owned, tensors = most_owned_elements(every, data_parallel), sum(len(bucket.ranges) for bucket in every)
     else:
         owned = owned_elements(every, data_parallel, data_rank)
-    return parameters, gradients, owned * OPTIMIZER_BYTES[precision.dtype]
+        tensors = len(_owned_parts(every, data_parallel, data_rank))
+    return State(
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=optimizer_bytes(precision, optimizer, owned, tensors),
+        optimizer_step=optimizer_step_bytes(precision, optimizer, owned),
+    )
 
 
 def _state_layout(parallel: Parallel) -> Parallel:
@@ -232,8 +291,8 @@ def _state_layout(parallel: Parallel) -> Parallel:
 
 
 @lru_cache(maxsize=4096)
-def _fullest_state(model: Model, parallel: Parallel, precision: Precision, pipeline_rank: int) -> tuple[int, int, int]:
-    return state_bytes(model, parallel, precision, pipeline_rank)
+def _fullest_state(model: Model, parallel: Parallel, precision: Precision, optimizer: Optimizer, pipeline_rank: int) -> State:
+    return state_bytes(model, parallel, precision, optimizer, pipeline_rank)
 
 
 def fp8_weights_bytes(model: Model, parallel: Parallel, precision: Precision, pipeline_rank: int) -> int:
@@ -267,6 +326,7 @@ def stage_memory(
     model: Model,
     parallel: Parallel,
     precision: Precision,
+    optimizer: Optimizer,
     *,
     seq_length_tokens: int,
     micro_batch_samples: int,
@@ -274,7 +334,7 @@ def stage_memory(
     micro_batches: int | None = None,
 ) -> RankMemory:
     """Memory of the ranks of one pipeline stage; arguments as of rank_memory."""
-    parameters, gradients, optimizer_bytes = _fullest_state(model, _state_layout(parallel), precision, pipeline_rank)
+    state = _fullest_state(model, _state_layout(parallel), precision, optimizer, pipeline_rank)
     tokens = activations.rank_tokens(parallel, seq_length_tokens, micro_batch_samples)
     parallel = parallel.model_copy(update={"micro_batch_samples": micro_batch_samples})
     in_fp8 = fp8_layers(model, precision)
@@ -295,9 +355,10 @@ def stage_memory(
     workspace = max(backward, activations.attention_bytes(model, parallel, precision, tokens))
     return RankMemory(
         pipeline_rank=pipeline_rank,
-        parameters_bytes=parameters,
-        gradients_bytes=gradients,
-        optimizer_bytes=optimizer_bytes,
+        parameters_bytes=state.parameters,
+        gradients_bytes=state.gradients,
+        optimizer_bytes=state.optimizer,
+        optimizer_step_bytes=state.optimizer_step,
         fp8_weights_bytes=fp8_weights_bytes(model, parallel, precision, pipeline_rank),
         activations_bytes=activation,
         logits_bytes=logits,
@@ -321,8 +382,7 @@ def rank_memory(
     """Memory of a rank in bytes, of pipeline stage `pipeline_rank` or (None) of the stage that needs most.
 
     `micro_batch_samples` None: the layout's. `micro_batches` per step and data-parallel rank bound how many are in flight; None: enough to
-    fill the pipeline. Adam's moments are in fp32 whatever `optimizer` says today. The layout must be one that the linter's other rules
-    have passed.
+    fill the pipeline. The layout must be one that the linter's other rules have passed.
     """
     samples = parallel.micro_batch_samples if micro_batch_samples is None else micro_batch_samples
     ranks = range(parallel.pipeline) if pipeline_rank is None else [pipeline_rank]
@@ -331,6 +391,7 @@ def rank_memory(
             model,
             parallel,
             precision,
+            optimizer,
             seq_length_tokens=seq_length_tokens,
             micro_batch_samples=samples,
             pipeline_rank=rank,

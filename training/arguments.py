@@ -1,8 +1,9 @@
 """Compile one phase of a resolved recipe into the exact command-line arguments of the pinned Megatron.
 
 Megatron's argument parser is the only interface between a recipe and the training loop: nothing is set behind its back except what
-it has no flag for (Granite's softmax scale and residual multiplier and the chunks of the loss, which `training.pretrain` adds as arguments
-of its own, and the learning rate, which `training.scheduler` computes in tokens). Imports no torch: `quarry plan --args` answers at once.
+it has no flag for (Granite's softmax scale and residual multiplier, the chunks of the loss and in which form main weights are kept, which
+`training.pretrain` adds as arguments of its own, and the learning rate, which `training.scheduler` computes in tokens). Imports no torch:
+`quarry plan --args` answers at once.
 
 TensorBoard is off in Megatron: its writer reads the loss, and so waits for the GPU, at every step, and writes the steps that a resume takes
 again twice. training/metrics.py writes the event files, on GPUs and CPU alike.
@@ -152,6 +153,8 @@ def _layout(phase: Phase) -> list[str]:
 def _precision(phase: Phase) -> list[str]:
     precision = phase.precision
     args = _flags("bf16") if precision.dtype == "bf16" else []
+    if precision.gradients_dtype == "bf16":
+        args += _flags("grad-reduce-in-bf16")
     if precision.fp8 is None:
         return args
     args += _values(fp8_format=precision.fp8_format or "hybrid", fp8_recipe=precision.fp8)
@@ -172,7 +175,7 @@ def _precision(phase: Phase) -> list[str]:
 
 
 def _optimizer(optimizer: Optimizer) -> list[str]:
-    return _values(
+    args = _values(
         optimizer="adam",
         lr=NOMINAL_LR,
         min_lr=0.0,
@@ -183,6 +186,15 @@ def _optimizer(optimizer: Optimizer) -> list[str]:
         adam_eps=optimizer.epsilon,
         clip_grad=optimizer.clip_grad_norm,
     )
+    if optimizer.precision_aware:
+        # --main-grads-dtype would say what --grad-reduce-in-bf16 says; nothing else reads it.
+        args += _flags("use-precision-aware-optimizer", "no-store-param-remainders")
+        args += _values(
+            main_params_dtype=optimizer.main_params_dtype,
+            exp_avg_dtype=optimizer.exp_avg_dtype,
+            exp_avg_sq_dtype=optimizer.exp_avg_sq_dtype,
+        )
+    return args
 
 
 def _data(recipe: Recipe, phase: Phase) -> list[str]:
@@ -272,6 +284,12 @@ def add_granite_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     group.add_argument("--documents-apart", action="store_true", help="training/documents.py")
     group.add_argument("--restart-positions", action="store_true", help="of RoPE, with each document")
     group.add_argument("--loss-chunk-tokens", type=int, help="tokens of a rank whose logits exist at once; default: all")
+    # Megatron's OptimizerConfig has it, its parser does not. As remainders (the 16 bits that a bf16 weight lacks) main weights cannot be
+    # loaded from a fully reshardable checkpoint: Megatron saves them as numbers in fp32, and Transformer Engine takes int16 only
+    # (github.com/NVIDIA/Megatron-LM/pull/4222). Nor would they mean anything to a stage with other settings, or to a merge.
+    group.add_argument(
+        "--no-store-param-remainders", dest="store_param_remainders", action="store_false", help="main weights in whole"
+    )
     return parser
 
 

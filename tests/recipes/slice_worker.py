@@ -6,7 +6,8 @@ how many micro batches it has in flight (`schedule`) and what it counts (`flops`
 A rank's arguments are those that training.arguments compiles, and Megatron's own `get_model` and `get_megatron_optimizer` build from them.
 What is not real: process groups are torch's fake backend, which answers at once for ranks that do not exist. For `state` the "GPU" is torch's
 meta device (tensors have shapes and storages have sizes, but no memory), and since Transformer Engine is not here, the order of its
-parameters and which of them are FP8 are stand-ins; placing, buckets, padding and optimizer are Megatron's.
+parameters, which of them are FP8 and what its precision-aware Adam allocates are stand-ins; placing, buckets, padding and the optimizer
+around it are Megatron's.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from training import cpu_backend, cpu_optimizer, fast_import
@@ -36,7 +37,8 @@ with fast_import.quick_imports():
     import torch
     import torch._dynamo  # once, and not in every rank: operations on meta tensors ask for it
     import torch.distributed as dist
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core import optimizer as optimizers
+    from megatron.core import parallel_state, tensor_parallel, utils
     from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.enums import ModelType
     from megatron.core.fp8_utils import is_first_last_bf16_layer
@@ -72,6 +74,8 @@ class Job:
     """Parameters in Transformer Engine's order."""
     fp8_parameters: list[int] | None = None
     """Matrices are FP8 parameters in all layers but this many at the start and the end; None: in none."""
+    fp8: str | None = None
+    """FP8 recipe that the optimizer is told of: Megatron takes no FP8 arguments without Transformer Engine."""
     documents_tokens: list[int] | None = None
     """Lengths of the documents of a batch (flops)."""
 
@@ -107,6 +111,44 @@ _cpu_type = torch.Tensor.type
 torch.Tensor.type = _type
 
 
+class PrecisionAware(cpu_optimizer.FusedAdam):
+    """What Transformer Engine's FusedAdam allocates (2.17.1, pytorch/optimizers/fused_adam.py `initialize_state`, `_initialize_state`)."""
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        master_weights: bool = False,
+        master_weight_dtype: torch.dtype = torch.float32,
+        exp_avg_dtype: torch.dtype = torch.float32,
+        exp_avg_sq_dtype: torch.dtype = torch.float32,
+        use_decoupled_grad: bool = False,
+        store_param_remainders: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, **options)
+        assert use_decoupled_grad == master_weights
+        assert not store_param_remainders
+        self.dtypes = {"exp_avg": exp_avg_dtype, "exp_avg_sq": exp_avg_sq_dtype}
+        if master_weights:
+            self.dtypes["master_param"] = master_weight_dtype
+
+    def initialize_state(self, parameter: torch.Tensor) -> None:
+        for name, dtype in self.dtypes.items():
+            self.state[parameter][name] = torch.empty_like(parameter, dtype=dtype)
+            if dtype != torch.float32:
+                self.state[parameter][f"{name} scale"] = torch.ones(1, dtype=torch.float32, device=parameter.device)
+
+
+def install_precision_aware() -> None:
+    """For this process: Megatron, which has been imported without Transformer Engine, finds its optimizer."""
+    for name in ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.optimizers"):
+        sys.modules[name] = ModuleType(name)
+    sys.modules["transformer_engine.pytorch.optimizers"].FusedAdam = PrecisionAware
+    optimizers.Adam = distrib_optimizer.Adam = PrecisionAware
+    utils._te_version = utils.PkgVersion("2.17.1")
+
+
 def storages_bytes(tensors: Any) -> int:
     """Sum over the storages behind `tensors`, each once."""
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
@@ -122,7 +164,11 @@ def rank_of(job: Job) -> tuple[Recipe, Any]:
     if job.kind == "state":
         sys.argv.remove("--use-cpu-initialization")
         sys.argv.append("--init-model-with-meta-device")
+    if recipe.optimizer.precision_aware:
+        install_precision_aware()
     args = parse_and_validate_args(add_granite_arguments)
+    if job.fp8 is not None:
+        args.fp8_recipe = job.fp8
     global_vars._GLOBAL_ARGS = args
     dist.init_process_group("fake", store=FakeStore(), rank=job.rank, world_size=layout.gpus)
     parallel_state.initialize_model_parallel(
@@ -137,7 +183,8 @@ def rank_of(job: Job) -> tuple[Recipe, Any]:
 
 
 def state(job: Job) -> dict[str, Any]:
-    """Bytes of the rank's parameter and gradient buffers and optimizer state (main weights, moments), and which rank it is."""
+    """Bytes of the rank's parameter and gradient buffers, of the optimizer's state (main weights, moments) and of the copies of gradients that
+    it makes, and which rank it is."""
     recipe, args = rank_of(job)
     torch.Tensor.normal_ = lambda self, *_, **__: self  # on the meta device it would import torch._dynamo to do nothing
     if job.transformer_engine:
@@ -176,20 +223,26 @@ def state(job: Job) -> dict[str, Any]:
     chunks = upstream.get_model(provide, ModelType.encoder_or_decoder)
     config, overrides = upstream.get_megatron_optimizer_config(args)
     optimizer = get_megatron_optimizer(config, chunks, config_overrides=overrides, use_gloo_process_groups=False)
-    kept = []
+    buffers = [buffer for chunk in chunks for buffer in chunk.buffers]
+    inside = {b.param_data.untyped_storage()._cdata for b in buffers}
+    reduced = {b.grad_data.untyped_storage()._cdata for b in buffers}
+    kept, gradients = [], []
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
         one.init_state_fn(one.optimizer, one.config)
         kept += [tensor for values in one.optimizer.state.values() for tensor in values.values()]
-        if args.bf16:
-            kept += [p for group in one.optimizer.param_groups for p in group["params"]]
-    buffers = [buffer for chunk in chunks for buffer in chunk.buffers]
-    inside = {b.param_data.untyped_storage()._cdata for b in buffers}
+        stepped = [p for group in one.optimizer.param_groups for p in group["params"]]
+        if args.bf16:  # of fp32 weights, and where the optimizer has main weights of its own, these are parts of the buffers
+            kept += [p for p in stepped if p.untyped_storage()._cdata not in inside]
+        one._copy_model_grads_to_main_grads()
+        read = "decoupled_grad" if one.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 else "grad"
+        gradients += [getattr(p, read) for p in stepped]
     parameters = [p for chunk in chunks for p in chunk.parameters()]
     outside = [p for p in parameters if not is_fp8(p) and p.untyped_storage()._cdata not in inside]
     return {
         "parameters_bytes": storages_bytes(b.param_data for b in buffers),
         "gradients_bytes": storages_bytes(b.grad_data for b in buffers),
         "optimizer_bytes": storages_bytes(kept),
+        "gradient_copies_bytes": storages_bytes(g for g in gradients if g.untyped_storage()._cdata not in reduced),
         "outside_bytes": storages_bytes(outside),
         "fp8_tensors": len(placed),
         "data_rank": parallel_state.get_data_parallel_rank(with_context_parallel=True),

@@ -13,7 +13,7 @@ import yaml
 
 from recipes import activations, memory
 from recipes.flops import document_flops, flops_per_token
-from recipes.job_options import Parallel, Precision
+from recipes.job_options import Optimizer, Parallel, Precision
 from recipes.schema import Model, Recipe
 
 REPOSITORY = Path(__file__).parents[2]
@@ -21,8 +21,12 @@ OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 FP8_PARAMETERS = {"fp8": "tensorwise", "fp8_format": "hybrid", "fp8_param_gather": True}
 ONE_EACH_END = {"bf16_layers_at_start": 1, "bf16_layers_at_end": 1}
 
+BF16_GRADIENTS = {"gradients_dtype": "bf16"}
+AWARE = {"precision_aware": True}
+BF16_MOMENTS = {"optimizer": AWARE | {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}}
+
 STATES: dict[str, tuple[str, int, bool, dict[str, Any], dict[str, Any]]] = {
-    # name: model, rank, layers as Transformer Engine's, layout, precision
+    # name: model, rank, layers as Transformer Engine's, layout, precision (and optimizer)
     "3b dp": ("3b", 3, True, {"gpus": 64, "micro_batch_samples": 2, **OVERLAP}, {}),
     "8b 4k": ("8b", 0, True, {"gpus": 128, "tensor": 2, "sequence_parallel": True, **OVERLAP}, {}),
     "8b 4k plain torch": ("8b", 127, False, {"gpus": 128, "tensor": 2, "sequence_parallel": True, **OVERLAP}, {}),
@@ -42,6 +46,34 @@ STATES: dict[str, tuple[str, int, bool, dict[str, Any], dict[str, Any]]] = {
         True,
         {"gpus": 96, "tensor": 8, "pipeline": 4, "sequence_parallel": True, **OVERLAP},
         FP8_PARAMETERS,
+    ),
+    "8b bf16 gradients": ("8b", 5, True, {"gpus": 8, "context": 2, **OVERLAP}, BF16_GRADIENTS),
+    "8b bf16 gradients plain torch": ("8b", 60, False, {"gpus": 64, "tensor": 2, "sequence_parallel": True}, BF16_GRADIENTS),
+    "8b bf16 gradients vpp": ("8b", 0, True, {"gpus": 64, "pipeline": 2, "virtual_pipeline": 4, **OVERLAP}, BF16_GRADIENTS),
+    "8b bf16 gradients fp8": ("8b", 0, True, {"gpus": 8, **OVERLAP}, BF16_GRADIENTS | FP8_PARAMETERS | ONE_EACH_END),
+    "30b bf16 gradients": (
+        "30b",
+        7,
+        True,
+        {"gpus": 64, "tensor": 8, "context": 4, "sequence_parallel": True, **OVERLAP},
+        BF16_GRADIENTS,
+    ),
+    "8b fp32 state": ("8b", 3, True, {"gpus": 8, **OVERLAP}, {"optimizer": AWARE}),
+    "8b bf16 moments": (
+        "8b",
+        1,
+        True,
+        {"gpus": 64, "tensor": 2, "sequence_parallel": True, **OVERLAP},
+        BF16_GRADIENTS | BF16_MOMENTS,
+    ),
+    "8b fp16 weights": ("8b", 0, True, {"gpus": 2}, BF16_GRADIENTS | {"optimizer": AWARE | {"main_params_dtype": "fp16"}}),
+    "8b one fp16 moment": ("8b", 7, True, {"gpus": 8}, {"optimizer": AWARE | {"exp_avg_dtype": "fp16"}}),
+    "30b bf16 moments fp8": (
+        "30b",
+        40,
+        True,
+        {"gpus": 64, "tensor": 4, **OVERLAP},
+        BF16_GRADIENTS | BF16_MOMENTS | FP8_PARAMETERS,
     ),
 }
 
@@ -101,6 +133,13 @@ def recipe_with(recipe: Recipe, model: Model, layout: dict[str, Any], precision:
     return Recipe.model_validate(raw)
 
 
+def dtypes_of(smoke: Recipe, name: str) -> tuple[Precision, Optimizer]:
+    """Precision and optimizer of one of STATES."""
+    given = {"name": "test", "dtype": "bf16"} | STATES[name][4]
+    own = given.pop("optimizer", {})
+    return Precision.model_validate(given), Optimizer.model_validate(smoke.optimizer.model_dump() | own)
+
+
 def saved_recipe(smoke: Recipe, name: str) -> Recipe:
     _, precision, layout = SAVED[name]
     model = smoke.model.model_copy(update=TINY)
@@ -122,12 +161,15 @@ def flops_recipe(smoke: Recipe, size: str, length: int) -> Recipe:
 def real(smoke: Recipe) -> dict[Any, dict[str, Any]]:
     """What Megatron did, by name of STATES, SAVED and SCHEDULES and by element of FLOPS."""
     jobs: dict[Any, dict[str, Any]] = {}
-    for name, (size, rank, engine, layout, precision) in STATES.items():
-        fp8 = Precision(name="test", dtype="bf16", **precision) if precision.get("fp8") else None
+    for name, (size, rank, engine, layout, _) in STATES.items():
+        precision, optimizer = dtypes_of(smoke, name)
         # Megatron takes no FP8 arguments without Transformer Engine: the worker marks the parameters.
-        recipe = recipe_with(smoke, model_of(size), layout, {} if fp8 else precision, seq_length_tokens=6144)
-        marked = [fp8.bf16_layers_at_start, fp8.bf16_layers_at_end] if fp8 else None
+        plain = {"dtype": precision.dtype, "gradients_dtype": precision.gradients_dtype}
+        recipe = recipe_with(smoke, model_of(size), layout, plain, seq_length_tokens=6144)
+        recipe = recipe.model_copy(update={"optimizer": optimizer})
+        marked = [precision.bf16_layers_at_start, precision.bf16_layers_at_end] if precision.fp8 else None
         jobs[name] = {"kind": "state", "recipe": recipe, "rank": rank, "transformer_engine": engine, "fp8_parameters": marked}
+        jobs[name]["fp8"] = precision.fp8
     for name, (rank, _, _) in SAVED.items():
         jobs[name] = {"kind": "saved", "recipe": saved_recipe(smoke, name), "rank": rank}
     for name, (rank, _, _) in SCHEDULES.items():
@@ -148,17 +190,24 @@ def real(smoke: Recipe) -> dict[Any, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_state_of_a_rank_is_megatrons_to_the_byte(real: dict[Any, dict[str, Any]], name: str) -> None:
-    size, _, engine, layout, precision = STATES[name]
+def test_state_of_a_rank_is_megatrons_to_the_byte(real: dict[Any, dict[str, Any]], smoke: Recipe, name: str) -> None:
+    size, _, engine, layout, _ = STATES[name]
     built, model = real[name], model_of(size)
-    parallel, exact = Parallel(name="test", **layout), Precision(name="test", **{"dtype": "bf16"} | precision)
-    stage = built["pipeline_rank"]
-    state = memory.state_bytes(model, parallel, exact, stage, data_rank=built["data_rank"], transformer_engine=engine)
+    parallel = Parallel(name="test", **layout)
+    exact, optimizer = dtypes_of(smoke, name)
+    stage, rank = built["pipeline_rank"], built["data_rank"]
+    state = memory.state_bytes(model, parallel, exact, optimizer, stage, data_rank=rank, transformer_engine=engine)
     assert built["outside_bytes"] == 0  # every parameter lies in a buffer
-    assert state == (built["parameters_bytes"], built["gradients_bytes"], built["optimizer_bytes"])
-    worst = memory.state_bytes(model, parallel, exact, stage, transformer_engine=engine)
-    assert worst[:2] == state[:2]
-    assert worst[2] >= state[2]
+    assert (state.parameters, state.gradients) == (built["parameters_bytes"], built["gradients_bytes"])
+    assert state.optimizer == built["optimizer_bytes"]
+    if optimizer.main_params_dtype == "fp32":
+        # Of the gradients. Copies of states are FusedAdam's own, which no stand-in can show.
+        plain = optimizer.model_copy(update={"exp_avg_dtype": "fp32", "exp_avg_sq_dtype": "fp32"})
+        copies = memory.state_bytes(model, parallel, exact, plain, stage, data_rank=rank, transformer_engine=engine)
+        assert copies.optimizer_step == built["gradient_copies_bytes"]
+    worst = memory.state_bytes(model, parallel, exact, optimizer, stage, transformer_engine=engine)
+    assert (worst.parameters, worst.gradients) == (state.parameters, state.gradients)
+    assert worst.optimizer >= state.optimizer
     layers = [i for c in range(parallel.virtual_pipeline or 1) for i in memory.chunk_layers(model, parallel, stage, c)]
     in_fp8 = sum(memory.fp8_layers(model, exact)[i] for i in layers) if exact.fp8_param_gather else 0
     assert built["fp8_tensors"] == 4 * in_fp8

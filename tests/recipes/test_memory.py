@@ -19,12 +19,14 @@ from recipes.schema import Recipe
 
 BF16 = Precision(name="bf16", dtype="bf16")
 FP8 = Precision(name="fp8", dtype="bf16", fp8="tensorwise", fp8_format="hybrid")
+GRADIENTS = BF16.model_copy(update={"gradients_dtype": "bf16"})
 BASE = {"gpus": 64, "tensor": 2, "sequence_parallel": True}
 
 
 def need(recipe: Recipe, layout: dict[str, Any], precision: Precision = BF16, **settings: Any) -> RankMemory:
     parallel = Parallel(name="test", **BASE | layout)
-    return rank_memory(recipe.model, parallel, precision, recipe.optimizer, **{"seq_length_tokens": 8192} | settings)
+    optimizer = recipe.optimizer.model_copy(update=settings.pop("optimizer", {}))
+    return rank_memory(recipe.model, parallel, precision, optimizer, **{"seq_length_tokens": 8192} | settings)
 
 
 @settings(max_examples=50)
@@ -47,6 +49,46 @@ def test_the_total_is_the_sum_with_the_larger_of_what_is_never_together(five_pha
     rank = need(five_phase, {})
     parts = [value for name, value in vars(rank).items() if name.endswith("_bytes")]
     assert rank.total_bytes == sum(parts) - min(rank.logits_bytes, rank.workspace_bytes)
+
+
+def test_fp32_copies_in_the_optimizers_step_count_where_they_exceed_the_passes(five_phase: Recipe) -> None:
+    alone = {"gpus": 1, "tensor": 1, "sequence_parallel": False}
+    owned = parameters(five_phase.model)
+    full = need(five_phase, alone | {"recompute": "full"}, GRADIENTS)
+    assert full.optimizer_step_bytes == 4 * owned == full.fullest_bytes > full.activations_bytes + full.passing_bytes
+    assert full.total_bytes == full.parameters_bytes + full.gradients_bytes + 16 * owned + full.allowance_bytes
+    many = need(five_phase, {}, GRADIENTS)
+    assert many.fullest_bytes == many.activations_bytes + many.passing_bytes > many.optimizer_step_bytes > 0
+
+
+AWARE = {"precision_aware": True}
+MOMENTS = {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
+
+
+@pytest.mark.parametrize(
+    ("fp8", "optimizer", "state", "step"),
+    [
+        # bytes per parameter that a rank owns: the optimizer's state, and fp32 copies while it makes a step; gradients are in bf16
+        (None, {}, 12, 4),
+        (None, AWARE, 12, 0),
+        (None, AWARE | MOMENTS, 8, 0),
+        (None, AWARE | {"exp_avg_dtype": "bf16"}, 10, 4),
+        (None, AWARE | MOMENTS | {"main_params_dtype": "fp16"}, 6, 4),
+        (None, AWARE | {"main_params_dtype": "fp16", "exp_avg_dtype": "fp16", "exp_avg_sq_dtype": "fp16"}, 6, 12),
+        ("delayed", AWARE | MOMENTS, 8, 0),
+        ("tensorwise", AWARE | MOMENTS, 8, 4),
+        ("blockwise", AWARE | MOMENTS | {"main_params_dtype": "fp16"}, 6, 4),
+    ],
+)
+def test_bytes_of_a_precision_aware_optimizer(
+    five_phase: Recipe, fp8: str | None, optimizer: dict[str, Any], state: int, step: int
+) -> None:
+    owned = parameters(five_phase.model)
+    precision = GRADIENTS.model_copy(update={"fp8": fp8})
+    rank = need(five_phase, {"gpus": 1, "tensor": 1, "sequence_parallel": False}, precision, optimizer=optimizer)
+    scales = 3 * 4 * 400  # fewer than 400 tensors, each state with a scale of four bytes
+    assert 0 <= rank.optimizer_bytes - state * owned < scales
+    assert rank.optimizer_step_bytes == step * owned
 
 
 def test_a_rank_alone_holds_the_whole_model(five_phase: Recipe) -> None:
@@ -135,14 +177,13 @@ LLAMA = {
 }
 
 
-def test_nvidias_published_memory(five_phase: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvidias_published_memory(five_phase: Recipe) -> None:
     llama = five_phase.model_copy(update={"model": five_phase.model.model_copy(update=LLAMA)})
-    monkeypatch.setattr(memory, "GRADIENT_BYTES", 2)
     one = {"tensor": 1, "sequence_parallel": False, "gpus": 8, "overlap_grad_reduce": True}
-    rank = need(llama, one | {"context": 2})
+    rank = need(llama, one | {"context": 2}, GRADIENTS)
     state = rank.parameters_bytes + rank.gradients_bytes + rank.optimizer_bytes
     assert state == pytest.approx(44_271_689_728, rel=0.005)
     assert state + rank.activations_bytes + rank.passing_bytes == pytest.approx(70_833_405_952, rel=0.05)
-    rank = need(llama, one | {"micro_batch_samples": 4})
+    rank = need(llama, one | {"micro_batch_samples": 4}, GRADIENTS)
     logits = 2 * 4 * 8192 * LLAMA["vocab_size"]
     assert state + rank.activations_bytes + logits == pytest.approx(194.41e9, rel=0.05)

@@ -119,6 +119,35 @@ def with_options(precision, gpu, **options):
     return recipe.model_copy(update={"phase": {**recipe.phase, "foundation": phase}})
 
 
+def test_dtypes_of_gradients_and_optimizer_reach_megatron(monkeypatch):
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.training.training import get_megatron_ddp_config
+
+    recipe = composed("curriculum=five_phase", "model=granite_4_1_8b")
+    args, _ = parse(recipe, "foundation", monkeypatch)
+    assert get_megatron_ddp_config(args).grad_reduce_in_fp32
+    assert not args.use_precision_aware_optimizer
+    phase = recipe.phase["foundation"]
+    own = {"precision_aware": True, "main_params_dtype": "fp16", "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "fp32"}
+    changes = {
+        "precision": phase.precision.model_copy(update={"gradients_dtype": "bf16"}),
+        "optimizer": recipe.optimizer.model_copy(update=own),
+    }
+    recipe = recipe.model_copy(update={"phase": recipe.phase | {"foundation": phase.model_copy(update=changes)}})
+    lint_check(recipe)
+    args, _ = parse(recipe, "foundation", monkeypatch)
+    assert not get_megatron_ddp_config(args).grad_reduce_in_fp32
+    names = {f.name for f in dataclasses.fields(OptimizerConfig)}
+    values = {name: value for name, value in vars(args).items() if name in names}
+    with pytest.raises(RuntimeError, match="requires FusedAdam from TransformerEngine"):
+        OptimizerConfig(**values)  # which its own checks were passed before
+    dtypes = [values[name] for name in ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")]
+    assert dtypes == [torch.float16, torch.bfloat16, torch.float32]
+    # Read by Megatron's names alone: the default, which cannot be loaded again, must not come back.
+    assert values["use_precision_aware_optimizer"]
+    assert values["store_param_remainders"] is False
+
+
 @pytest.mark.parametrize("precision", [p for p in PRECISIONS if p != "bf16"])
 def test_options_of_fp8_reach_megatron(precision, monkeypatch):
     """Parameter gather with every recipe, bf16 layers at either end where the recipe takes them; DDP and the optimizer check theirs too."""

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from data_prep.files import digest_of, write_json
 from recipes.grpo_stage import phase_of
 from recipes.job_options import Optimizer, Parallel, Precision
+from recipes.lint_optimizer import dtype_rules
 from recipes.posttrain import Grpo
 from recipes.schema import Model, RecipeError, Strict, describe
 from training import arguments as pretraining
@@ -117,6 +118,7 @@ class Job(Strict):
             problems.append(
                 "grpo.kl_coefficient is positive but there is no initial checkpoint to be the reference; set it to 0"
             )
+        problems += map(str, dtype_rules(self.optimizer, self.precision, self.gpu, key="optimizer", precision_key="precision"))
         if problems:
             raise RecipeError("; ".join(problems))
 
