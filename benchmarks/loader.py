@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.tokens < 40 * longest:
         parser.error(f"--tokens {options.tokens:g}: at least 40 samples of the longest length, {40 * longest:,} tokens")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from training.pretrain import import_megatron_on
+    from training.one_rank import import_megatron_on
 
     import_megatron_on("cpu")
     with tempfile.TemporaryDirectory(prefix="loader-", dir=options.folder) as folder:

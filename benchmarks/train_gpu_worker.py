@@ -110,23 +110,17 @@ def batches(case: Case, vocab_size: int, device: str) -> Iterator[dict[str, torc
 
 def run_megatron(case: Case, folder: Path, profiles: Path | None) -> dict[str, Any]:
     """Quarry's model under the recipe's arguments, or Megatron's under its defaults, in Megatron's own train_step."""
-    from training import pretrain
+    from training import one_rank
 
     recipe = case.recipe("h200" if on_gpu() else "cpu")
-    pretrain.import_megatron(recipe)
+    one_rank.import_megatron(recipe)
     import megatron.training.training as upstream
-    from megatron.training.arguments import parse_and_validate_args
-    from megatron.training.initialize import initialize_megatron
-
-    from training.arguments import add_granite_arguments
 
     arguments = case.arguments(recipe, folder)
-    sys.argv = ["pretrain", *arguments]
     try:
-        args = parse_and_validate_args(add_granite_arguments)
-        initialize_megatron()
-        upstream.set_jit_fusion_options(tp_size=1)
-        provider = stock_model if case.program == "megatron" else pretrain.model_provider(recipe, STAGE, args)
+        args = one_rank.parse_arguments("pretrain", arguments, eod_id=0, stage_dir=None)  # random tokens, no documents
+        one_rank.initialize(args)
+        provider = stock_model if case.program == "megatron" else one_rank.phase_model(recipe, STAGE, args)
         return _train(case, provider, profiles) | {"arguments": arguments}
     finally:
         upstream.destroy_global_state()

@@ -27,7 +27,7 @@ from recipes.ab_arms import ARMS, ArmName, arm_of, arm_recipe
 from recipes.ab_table import verdict_lines
 from recipes.plan import layout_text
 from recipes.schema import Ab, Recipe, RecipeError
-from training import ab_arm, pretrain, rank_end, recorder
+from training import ab_arm, rank_end, recorder
 from training.ab_arm import ArmSettings
 from training.ab_compare import DifferentSamples, compare, curves, read_arm, same_samples
 from training.exit_codes import FINISHED, REQUEUE, SUSPICIOUS
@@ -165,8 +165,10 @@ def _run_arm(recipe: Recipe, stage: str, run_dir: Path, name: ArmName) -> bool:
     if decision.kind == "first_start":
         write_start(stage_dir, decision)
         write_json(stage_dir / "arm_digest.json", {"digest": digest})
+    from training.stage import run_ranks
+
     os.environ[recorder.VARIABLE] = "1"
-    code = _train(own, phase, arm_dir, decision, digest)
+    code = run_ranks(own, phase, arm_dir, decision.load, digest, program="training.ab_arm", rank_main=ab_arm.run_rank)
     _on_request(_ask)  # what trained has handlers of its own, which now have nobody to tell
     if code != FINISHED:
         raise ArmFailed(name, code, rank_end.cause(rank_end.read_all(stage_dir)))
@@ -207,23 +209,6 @@ def _resolve(own: Recipe, phase: str, arm_dir: Path, settings: ArmSettings) -> t
             "move it away to run the arm again, or start a new run with --run NAME"
         )
     return decision, digest
-
-
-def _train(own: Recipe, phase: str, arm_dir: Path, decision: Decision, digest: str) -> int:
-    """The ranks of this node, as of every stage (training/stage.py)."""
-    from training.stage import grace_seconds, run_forked, torchrun
-
-    ranks = own.phase[phase].parallel.gpus
-    if own.cluster.gpu == "cpu":
-        pretrain.import_megatron(own)
-        rank_end.clear(arm_dir / "stages" / phase)  # as torchrun does
-        return run_forked(ranks, lambda: ab_arm.run_rank(own, phase, arm_dir, decision.load, digest))
-    program = ["-m", "training.ab_arm", "--run-dir", str(arm_dir), "--stage", phase, "--training-digest", digest]
-    if decision.load is not None:
-        load = {"checkpoints": str(decision.load.checkpoints), "step": decision.load.step, "resume": decision.load.resume}
-        program += ["--load", json.dumps(load)]
-    key = f"phase.{phase}.parallel.gpus of the arm"
-    return torchrun(ranks, key, program, stage_dir=arm_dir / "stages" / phase, grace_seconds=grace_seconds(own))
 
 
 def _show_as_gate(gate_dir: Path, arm_dir: Path) -> None:

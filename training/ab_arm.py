@@ -11,7 +11,6 @@ is that of a run whose only stage to train is the phase; the stage before is a l
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,8 +23,8 @@ from recipes.ab_options import EmulatedFp8
 from recipes.fields import PositiveInt, Strict
 from recipes.schedules import learning_rate_function
 from recipes.schema import Recipe, RecipeError, describe
-from training import fast_import, pretrain
-from training.arguments import Load, add_granite_arguments, compile_phase
+from training import fast_import, one_rank
+from training.arguments import Load, compile_phase
 from training.exit_codes import FINISHED
 from training.versions import versions
 
@@ -64,7 +63,8 @@ class ArmSettings(Strict):
 
 def run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, arm_digest: str) -> int:
     """As pretrain.run_rank, for the arm in `run_dir`, whose phase is `stage`."""
-    return pretrain.run_rank(recipe, stage, run_dir, load, arm_digest, train=_train)
+    stage_dir = run_dir / "stages" / stage
+    return one_rank.run(stage_dir, stage_dir / "checkpoints", lambda: _run_rank(recipe, stage, run_dir, load, arm_digest))
 
 
 def arguments_of(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, settings: ArmSettings) -> list[str]:
@@ -77,14 +77,11 @@ def arguments_of(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, s
     return arguments
 
 
-def _train(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, arm_digest: str) -> int:
-    pretrain.import_megatron(recipe)
-    import megatron.training.training as upstream
-    from megatron.core.enums import ModelType
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_and_validate_args
+def _run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, arm_digest: str) -> int:
+    one_rank.import_megatron(recipe)
+    from megatron.training.utils import is_last_rank
 
-    from training import data, heldout, token_ids
+    from training import data, heldout
     from training.forward import forward_step
     from training.hooks import PhaseHooks
 
@@ -93,20 +90,14 @@ def _train(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, arm_dig
     stage_dir, data_root = run_dir / "stages" / stage, Path(recipe.data.root)
     mixture = MixtureManifest.read(mixture_path(data_root, stage))
     heldout_manifest = HeldoutManifest.read(heldout_path(data_root))
-    first_start = load is None or not load.resume
 
-    token_ids.install(mixture.tokenizer.eod_id)
     arguments = arguments_of(recipe, stage, run_dir, load, settings)
-    sys.argv = ["ab", *arguments]
-    args = parse_and_validate_args(add_granite_arguments)
+    args = one_rank.parse_arguments("ab", arguments, eod_id=mixture.tokenizer.eod_id, stage_dir=stage_dir)
     args.variable_seq_lengths = phase.packed_lengths_vary  # has no flag, see training/pretrain.py
-    if args.rank == 0:
-        (stage_dir / "args.txt").write_text("\n".join(arguments) + "\n")
 
     def evaluate(hooks: PhaseHooks, when: Literal["start", "end"], step: int) -> None:
-        config = upstream.get_model_config(hooks.model[0])
-        losses = heldout.evaluate(hooks.model, config, heldout_manifest, data_root, recipe.data.heldout_batch_samples)
-        if upstream.is_last_rank():
+        losses = heldout.evaluate(hooks.model, heldout_manifest, data_root, recipe.data.heldout_batch_samples)
+        if is_last_rank():
             tokens = recipe.tokens_before(stage) + step * phase.tokens_per_step
             hooks.metrics.append_heldout(when=when, step=step, total_tokens=tokens, losses=losses)
 
@@ -118,37 +109,23 @@ def _train(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, arm_dig
     hooks = ArmHooks(
         stage_dir=stage_dir,
         learning_rate=learning_rate_function(recipe, stage),
-        first_start=first_start,
+        first_start=load is None or not load.resume,
         tokens_before=recipe.tokens_before(stage),
         keep_checkpoints=1,
         # No gate against the hand-off here: the precision that is tried may be what moves this loss, and the arms are compared in it.
-        before_training=lambda own: evaluate(own, "start", 0) if first_start else None,
+        at_first_start=lambda own: evaluate(own, "start", 0),
     )
-    hooks.install()
-    if not args.async_save:
-        fast_import.results_stay_in_process()
 
     def provide_data(train_valid_test_samples: Any, vp_stage: int | None = None) -> tuple[Any, None, None]:
         return data.load_dataset(mixture, data_root, vp_stage, documents_apart=phase.documents_apart), None, None
 
-    provide_data.is_distributed = True  # type: ignore[attr-defined]
-    model_provider = pretrain.model_provider(recipe, stage, args)
+    provide_model = one_rank.phase_model(recipe, stage, args)
     if settings.emulated_fp8 is not None:
         from training import fp8_emulation
 
-        model_provider = fp8_emulation.around(model_provider, settings.emulated_fp8)
-    try:
-        upstream.pretrain(
-            pretrain_cfg_container_from_args(args),
-            provide_data,
-            ModelType.encoder_or_decoder,
-            forward_step,
-            model_provider=model_provider,
-        )
-    except SystemExit as leave:
-        if leave.code not in (None, 0):
-            raise
-        return FINISHED  # saved after a signal or at the time limit: without result.json the arm is to be resumed
+        provide_model = fp8_emulation.around(provide_model, settings.emulated_fp8)
+    if not one_rank.train(args, hooks, provide_data, forward_step, provide_model):
+        return FINISHED  # without result.json the arm is to be resumed
 
     evaluate(hooks, "end", steps)
     import torch
@@ -157,7 +134,7 @@ def _train(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, arm_dig
     if args.rank == 0:
         record = {"format": RESULT_FORMAT, "digest": arm_digest, "steps": steps, "world_size": args.world_size}
         write_json(stage_dir / RESULT_FILE, {**record, "versions": versions()})
-    pretrain.leave_group()
+    one_rank.leave_group()
     return FINISHED
 
 
@@ -171,4 +148,4 @@ def read_result(stage_dir: Path) -> dict[str, Any] | None:
 
 if __name__ == "__main__":
     # Without the interpreter's teardown, as in training/pretrain.py.
-    fast_import.leave(pretrain.main(program="training.ab_arm", rank_main=run_rank))
+    fast_import.leave(one_rank.main(program="training.ab_arm", rank_main=run_rank))

@@ -2,7 +2,7 @@
 
 Megatron's argument parser is the only interface between a recipe and the training loop: nothing is set behind its back except what
 it has no flag for (Granite's softmax scale and residual multiplier, the chunks of the loss and in which form main weights are kept, which
-`training.pretrain` adds as arguments of its own, and the learning rate, which `training.scheduler` computes in tokens). Imports no torch:
+`training.one_rank` adds as arguments of its own, and the learning rate, which `training.scheduler` computes in tokens). Imports no torch:
 `quarry plan --args` answers at once.
 
 TensorBoard is off in Megatron: its writer reads the loss, and so waits for the GPU, at every step, and writes the steps that a resume takes

@@ -10,8 +10,7 @@ from data_prep.files import digest_of, write_json
 from data_prep.manifest import DataError
 from model.errors import ModelError
 from recipes.schema import Export, Recipe, RecipeError
-from training.files import digest_folder
-from training.handoff import TRACKER, FileRecord, Handoff, Refused
+from training.handoff import TRACKER, Handoff, Refused, checkpoint_record
 from training.versions import versions
 
 REFUSALS = (Refused, RecipeError, ModelError, DataError)
@@ -89,8 +88,7 @@ def run_merge(recipe: Recipe, stage: str, run_dir: Path) -> int:
             "stage": stage,
             "kind": "merge",
             "stage_tokens": 0,
-            "checkpoint": checkpoint,
-            "checkpoint_files": {k: FileRecord.model_validate(v) for k, v in digest_folder(stage_dir / checkpoint).items()},
+            **checkpoint_record(stage_dir, newest.step),
             "recipe_digest": recipe.digest(),
             "training_digest": digest,
             "final_loss": None,

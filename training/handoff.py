@@ -22,7 +22,7 @@ from data_prep.index_caches import verify_cache
 from data_prep.manifest import DataError, HeldoutManifest, MixtureManifest
 from recipes.schema import Model, Recipe, Strict, describe
 from training.arguments import Load
-from training.files import compare_folder
+from training.files import compare_folder, digest_folder
 
 FORMAT = "quarry.handoff/1"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -125,6 +125,21 @@ def latest_step(checkpoints: Path) -> int | None:
     return int(text)
 
 
+def checkpoint_record(stage_dir: Path, step: int) -> dict[str, Any]:
+    """The fields of a hand-off that say which checkpoint is handed off: that of `step`, with the digests of its files."""
+    checkpoint = f"checkpoints/iter_{step:07d}"
+    files = {name: FileRecord.model_validate(record) for name, record in digest_folder(stage_dir / checkpoint).items()}
+    return {"step": step, "checkpoint": checkpoint, "checkpoint_files": files}
+
+
+def final_checkpoint(stage_dir: Path, steps: int) -> dict[str, Any]:
+    """`checkpoint_record` of a stage that has taken all its `steps`."""
+    step = latest_step(stage_dir / "checkpoints")
+    if step != steps:
+        raise RuntimeError(f"{stage_dir}: the last checkpoint is of step {step}, the stage has {steps}; no hand-off is written")
+    return checkpoint_record(stage_dir, step)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Decision:
     """How a phase begins."""
@@ -201,7 +216,7 @@ def decide(
 
     step = latest_step(stage_dir / "checkpoints")
     if step is not None:
-        started = _read_start(stage_dir)
+        started = read_start(stage_dir)
         if started != digest:
             problems.append(
                 f"stage '{stage}' was begun with another recipe, other data or another predecessor (training digest {started[:12]}..., "
@@ -256,7 +271,8 @@ def _raise(stage: str, problems: list[str]) -> None:
         raise Refused(f"stage '{stage}' refuses to start:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
-def _read_start(stage_dir: Path) -> str:
+def read_start(stage_dir: Path) -> str:
+    """The training digest that `write_start` recorded; Refused where there is none to be read."""
     path = stage_dir / "start.json"
     try:
         return json.loads(path.read_bytes())["training_digest"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
-from megatron.core.utils import unwrap_model
+from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training import get_args
 
 from data_prep.manifest import HeldoutManifest
@@ -60,9 +60,7 @@ def _batches(rows: np.ndarray, micro_batch_samples: int) -> Iterator[dict[str, t
         }
 
 
-def evaluate(
-    model: list[Any], config: Any, manifest: HeldoutManifest, data_root: Path, samples_per_category: int
-) -> dict[str, float]:
+def evaluate(model: list[Any], manifest: HeldoutManifest, data_root: Path, samples_per_category: int) -> dict[str, float]:
     """Mean loss in nats per token of each category of `manifest`; the same value on every rank.
 
     Collective over all ranks. Draws no random numbers and leaves the model in training mode.
@@ -70,49 +68,73 @@ def evaluate(
     args = get_args()
     length = manifest.seq_length_tokens
     dp_size, dp_rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
-    rerun = get_rerun_state_machine()
+    # On CPU one large micro batch is fastest; on a GPU the recipe's micro batch is what is known to fit.
+    micro = min(8, samples_per_category) if args.distributed_backend == "gloo" else args.micro_batch_size
+    losses: dict[str, float] = {}
+    with evaluation_mode(model):
+        for category, entry in manifest.categories.items():
+            rows = read_sequences(data_root / entry.prefix, samples_per_category, length)
+            micro_batches = micro_batches_per_rank(model, len(rows), micro)
+            padded = np.full((micro_batches * micro * dp_size, length + 1), -1, dtype=np.int64)
+            padded[: len(rows)] = rows
+            own = padded[dp_rank::dp_size]
+            iterators = [_batches(own, micro) for _ in model]
+            losses[category] = mean_loss(model, iterators, forward_step, micro_batches, micro, length)
+    return losses
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: list[Any]) -> Iterator[None]:
+    """Neither dropout nor timers nor the rerun state machine; as before afterwards, in training mode."""
+    config, rerun = get_model_config(model[0]), get_rerun_state_machine()
     rerun_mode = rerun.get_mode()
     rerun.set_mode(RerunMode.DISABLED)
     timers, config.timers = config.timers, None
     for chunk in model:
         chunk.eval()
-    losses: dict[str, float] = {}
-    # On CPU one large micro batch is fastest; on a GPU the recipe's micro batch is what is known to fit.
-    micro = min(8, samples_per_category) if args.distributed_backend == "gloo" else args.micro_batch_size
-    # The interleaved schedule takes micro batches in groups of one per pipeline rank.
-    step = micro * (mpu.get_pipeline_model_parallel_world_size() if len(model) > 1 else 1)
     try:
-        for category, entry in manifest.categories.items():
-            rows = read_sequences(data_root / entry.prefix, samples_per_category, length)
-            per_rank = -(-len(rows) // (dp_size * step)) * step
-            padded = np.full((per_rank * dp_size, length + 1), -1, dtype=np.int64)
-            padded[: len(rows)] = rows
-            own = padded[dp_rank::dp_size]
-            iterators = [_batches(own, micro) for _ in model]
-            with torch.no_grad():
-                reports = get_forward_backward_func()(
-                    forward_step_func=forward_step,
-                    data_iterator=iterators if len(model) > 1 else iterators[0],
-                    model=model,
-                    num_microbatches=per_rank // micro,
-                    seq_length=length,
-                    micro_batch_size=micro,
-                    decoder_seq_length=length,
-                    forward_only=True,
-                )
-            total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
-            for report in reports:
-                total += report["lm loss"].double()
-            # Ranks of earlier pipeline stages hold zeros; tensor-parallel ranks hold equal values and sit in groups of their own.
-            torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
-            torch.distributed.all_reduce(total, group=mpu.get_pipeline_model_parallel_group())
-            losses[category] = (total[0] / total[1]).item()
+        yield
     finally:
         for chunk in model:
             chunk.train()
         config.timers = timers
         rerun.set_mode(rerun_mode)
-    return losses
+
+
+def micro_batches_per_rank(model: list[Any], samples: int, micro_batch_samples: int) -> int:
+    """How many micro batches each data-parallel rank takes, so that all take as many and `samples` fit."""
+    # The interleaved schedule takes micro batches in groups of one per pipeline rank.
+    group = mpu.get_pipeline_model_parallel_world_size() if len(model) > 1 else 1
+    return -(-samples // (mpu.get_data_parallel_world_size() * micro_batch_samples * group)) * group
+
+
+def mean_loss(
+    model: list[Any],
+    iterators: list[Iterator[dict[str, torch.Tensor]]],
+    forward_step: Callable[..., Any],
+    micro_batches: int,
+    micro_batch_samples: int,
+    length_tokens: int,
+) -> float:
+    """Mean loss in nats per token of the loss mask over what all ranks draw, without gradients; `iterators`: one for each model chunk."""
+    with torch.no_grad():
+        reports = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(model) > 1 else iterators[0],
+            model=model,
+            num_microbatches=micro_batches,
+            seq_length=length_tokens,
+            micro_batch_size=micro_batch_samples,
+            decoder_seq_length=length_tokens,
+            forward_only=True,
+        )
+    total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+    for report in reports:
+        total += report["lm loss"].double()
+    # Ranks of earlier pipeline stages hold zeros; tensor-parallel ranks hold equal values and sit in groups of their own.
+    torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
+    torch.distributed.all_reduce(total, group=mpu.get_pipeline_model_parallel_group())
+    return (total[0] / total[1]).item()
 
 
 @contextlib.contextmanager

@@ -44,14 +44,14 @@ class PhaseHooks:
         first_start: bool,
         tokens_before: int,
         keep_checkpoints: int,
-        before_training: Callable[[PhaseHooks], None],
+        at_first_start: Callable[[PhaseHooks], None],
     ) -> None:
         self.stage_dir = stage_dir
         self.learning_rate = learning_rate
         self.first_start = first_start
         self.tokens_before = tokens_before
         self.keep_checkpoints = keep_checkpoints
-        self.before_training = before_training
+        self.at_first_start = at_first_start
         self.metrics = MetricsLog(stage_dir)
         self.model: list[Any] = []
         self.optimizer: Any = None
@@ -132,7 +132,8 @@ class PhaseHooks:
 
     def train(self, forward_step_func: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         startup.mark("data set")
-        self.before_training(self)
+        if self.first_start:
+            self.at_first_start(self)
         startup.mark("held-out losses")
         if recorder.asked_for():
             data.recorder = recorder.SampleRecorder(self.stage_dir, self.loaded_step)

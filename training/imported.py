@@ -18,8 +18,7 @@ from pydantic import ValidationError
 
 from data_prep.files import digest_of
 from recipes.schema import Model, describe
-from training.files import digest_folder
-from training.handoff import FileRecord, Handoff, Refused, latest_step
+from training.handoff import Handoff, Refused, checkpoint_record, latest_step
 from training.versions import versions
 
 
@@ -32,17 +31,15 @@ def write_handoff(folder: Path) -> Handoff:
     step = latest_step(folder / "checkpoints")
     if step is None:
         raise Refused(f"{folder / 'checkpoints'} holds no whole checkpoint; convert the model again")
-    checkpoint = f"checkpoints/iter_{step:07d}"
-    files = digest_folder(folder / checkpoint)
+    record = checkpoint_record(folder, step)
+    files = {name: file.model_dump() for name, file in record["checkpoint_files"].items()}
     try:
         handoff = Handoff(
             stage=folder.resolve().name,
             kind="import",
-            step=step,
+            **record,
             stage_tokens=0,
             total_tokens=0,
-            checkpoint=checkpoint,
-            checkpoint_files={name: FileRecord.model_validate(record) for name, record in files.items()},
             recipe_digest="",
             training_digest=digest_of({"files": files, "model": described["model"], "rope_base": described["rope_base"]}),
             data_digest=None,

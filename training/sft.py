@@ -6,9 +6,7 @@ its own: the sum of the losses of a global batch is divided by the number of its
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,12 +19,12 @@ from data_prep.sft_manifest import PackedSequences, SampleStore, SftManifest, ma
 from recipes.schedules import learning_rate_function
 from recipes.schema import Recipe, RecipeError
 from recipes.sft_stage import as_phase
-from training import fast_import, pretrain
-from training.arguments import Load, add_granite_arguments, compile_phase
-from training.exit_codes import FINISHED, REFUSED, REQUEUE
-from training.files import digest_folder
-from training.handoff import Drawn, FileRecord, Handoff, Refused, decide, latest_step, predecessor, write_start
-from training.versions import versions
+from training import fast_import, one_rank
+from training.arguments import Load, compile_phase
+from training.exit_codes import FINISHED
+from training.handoff import Drawn, Handoff, Refused, decide, predecessor, write_start
+from training.loss_gate import evaluate_through_gate
+from training.pretrain import write_model_json
 
 # How Megatron normalises: by the loss tokens of the global batch, not by micro batch and rank.
 EXTRA_ARGUMENTS = ("--calculate-per-token-loss",)
@@ -34,7 +32,7 @@ EXTRA_ARGUMENTS = ("--calculate-per-token-loss",)
 
 def run_sft(recipe: Recipe, stage: str, run_dir: Path) -> int:
     """First start, resume or refuse, then the ranks of this node; returns the exit code (see training.stage)."""
-    from training.stage import grace_seconds, refuse, run_forked, torchrun
+    from training.stage import outcome, refuse, run_ranks
 
     stage_dir = run_dir / "stages" / stage
     stage_dir.mkdir(parents=True, exist_ok=True)
@@ -70,34 +68,18 @@ def run_sft(recipe: Recipe, stage: str, run_dir: Path) -> int:
     )
     if decision.kind == "first_start":
         write_start(stage_dir, decision)
-    pretrain.write_model_json(seen, stage, stage_dir, manifest.tokenizer.model_dump(mode="json"))
-    ranks = recipe.sft[stage].parallel.gpus
-    if recipe.cluster.gpu == "cpu":
-        pretrain.import_megatron(recipe)
-        import training.sft_heldout  # noqa: F401  (before the ranks are forked)
-
-        code = run_forked(ranks, lambda: run_rank(recipe, stage, run_dir, decision.load, decision.training_digest))
-    else:
-        program = [
-            "-m",
-            "training.sft",
-            "--run-dir",
-            str(run_dir),
-            "--stage",
-            stage,
-            "--training-digest",
-            decision.training_digest,
-        ]
-        if decision.load is not None:
-            load = {
-                "checkpoints": str(decision.load.checkpoints), "step": decision.load.step, "resume": decision.load.resume,
-            }  # fmt: skip
-            program += ["--load", json.dumps(load)]
-        grace = grace_seconds(recipe)
-        code = torchrun(ranks, f"sft.{stage}.parallel.gpus", program, stage_dir=stage_dir, grace_seconds=grace)
-    if code != 0:
-        return code
-    return FINISHED if (stage_dir / "handoff.json").exists() else REQUEUE
+    write_model_json(seen, stage, stage_dir, manifest.tokenizer.model_dump(mode="json"))
+    code = run_ranks(
+        recipe,
+        stage,
+        run_dir,
+        decision.load,
+        decision.training_digest,
+        program="training.sft",
+        rank_main=run_rank,
+        imports=("training.sft_heldout",),
+    )
+    return outcome(code, stage_dir / "handoff.json")
 
 
 def _check_moments(recipe: Recipe, stage: str, previous: Handoff | None) -> None:
@@ -157,17 +139,15 @@ def check_data(recipe: Recipe, stage: str, manifest: SftManifest, heldout: Heldo
 
 def run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, training_digest: str) -> int:
     """As pretrain.run_rank, for an SFT stage of `recipe`."""
-    return pretrain.run_rank(recipe, stage, run_dir, load, training_digest, train=_train)
+    stage_dir = run_dir / "stages" / stage
+    return one_rank.run(stage_dir, stage_dir / "checkpoints", lambda: _run_rank(recipe, stage, run_dir, load, training_digest))
 
 
-def _train(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, training_digest: str) -> int:
-    pretrain.import_megatron(recipe)
-    import megatron.training.training as upstream
-    from megatron.core.enums import ModelType
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_and_validate_args
+def _run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, training_digest: str) -> int:
+    one_rank.import_megatron(recipe)
+    from megatron.training.utils import is_last_rank
 
-    from training import heldout, token_ids
+    from training import heldout
     from training.hooks import PhaseHooks
     from training.sft_data import EpochDataset, forward_step
     from training.sft_heldout import evaluate_answers
@@ -178,34 +158,19 @@ def _train(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, trainin
     heldout_manifest = HeldoutManifest.read(heldout_path(data_root))
     seen = as_phase(recipe, stage, manifest.training.sequences)
     phase = seen.phase[stage]
-    first_start = load is None or not load.resume
     previous_dir = predecessor(recipe, stage, run_dir, sft.initial)
     previous = Handoff.read(previous_dir) if previous_dir else None
 
-    token_ids.install(manifest.tokenizer.eod_id)
     arguments = compile_sft(recipe, stage, run_dir, manifest.training.sequences, load)
-    sys.argv = ["sft", *arguments]
-    args = parse_and_validate_args(add_granite_arguments)
-    if args.rank == 0:
-        (stage_dir / "args.txt").write_text("\n".join(arguments) + "\n")
+    args = one_rank.parse_arguments("sft", arguments, eod_id=manifest.tokenizer.eod_id, stage_dir=stage_dir)
 
-    def evaluate(hooks: PhaseHooks) -> dict[str, float]:
-        config = upstream.get_model_config(hooks.model[0])
-        return heldout.evaluate(hooks.model, config, heldout_manifest, data_root, recipe.data.heldout_batch_samples)
-
-    def answers(hooks: PhaseHooks) -> dict[str, float]:
-        return evaluate_answers(hooks.model, upstream.get_model_config(hooks.model[0]), manifest, data_root)
-
-    def before_training(hooks: PhaseHooks) -> None:
-        """On a first start: the gate against the hand-off, and the losses that this stage begins with."""
-        if not first_start:
-            return
-        losses = pretrain.evaluate_through_gate(seen, stage, hooks, previous, heldout_manifest.digest, evaluate)
-        found = answers(hooks)
-        if upstream.is_last_rank():
-            hooks.metrics.append_heldout(
-                when="start", step=0, total_tokens=seen.tokens_before(stage), losses=losses, answers=found
-            )
+    def at_first_start(hooks: PhaseHooks) -> None:
+        """The gate against the hand-off, and the losses that this stage begins with."""
+        losses = evaluate_through_gate(seen, stage, hooks.model, previous, heldout_manifest)
+        answers = evaluate_answers(hooks.model, manifest, data_root)
+        if is_last_rank():
+            total_tokens = seen.tokens_before(stage)
+            hooks.metrics.append_heldout(when="start", step=0, total_tokens=total_tokens, losses=losses, answers=answers)
 
     class SftHooks(PhaseHooks):
         def get_optimizer_param_scheduler(self, optimizer: Any) -> Any:
@@ -217,14 +182,11 @@ def _train(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, trainin
     hooks = SftHooks(
         stage_dir=stage_dir,
         learning_rate=learning_rate_function(seen, stage),
-        first_start=first_start,
+        first_start=load is None or not load.resume,
         tokens_before=seen.tokens_before(stage),
         keep_checkpoints=phase.keep_checkpoints,
-        before_training=before_training,
+        at_first_start=at_first_start,
     )
-    hooks.install()
-    if not args.async_save:
-        fast_import.results_stay_in_process()
 
     def provide_data(train_valid_test_samples: Any, vp_stage: int | None = None) -> tuple[Any, None, None]:
         if hooks.loaded_step >= args.train_iters:
@@ -232,96 +194,37 @@ def _train(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, trainin
         sequences = PackedSequences(manifest, data_root, manifest.training)
         return EpochDataset(sequences, seed=recipe.seed, epochs=sft.epochs, length=phase.samples), None, None
 
-    provide_data.is_distributed = True  # type: ignore[attr-defined]  # every rank maps the files itself
+    if not one_rank.train(args, hooks, provide_data, forward_step, one_rank.phase_model(seen, stage, args)):
+        return FINISHED
 
-    try:
-        upstream.pretrain(
-            pretrain_cfg_container_from_args(args),
-            provide_data,
-            ModelType.encoder_or_decoder,
-            forward_step,
-            model_provider=pretrain.model_provider(seen, stage, args),
-        )
-    except SystemExit as leave:
-        if leave.code not in (None, 0):
-            raise
-        return FINISHED  # saved after a signal or at the time limit
-    except pretrain.LossGate as error:  # on every rank alike
-        if args.rank == 0:
-            print(f"refused: {error}", file=sys.stderr, flush=True)
-        return REFUSED
-
-    losses, found = evaluate(hooks), answers(hooks)
-    final_loss = pretrain.shared_final_loss(hooks, stage_dir)
-    if upstream.is_last_rank():
+    losses = heldout.evaluate(hooks.model, heldout_manifest, data_root, recipe.data.heldout_batch_samples)
+    answers = evaluate_answers(hooks.model, manifest, data_root)
+    final_loss = one_rank.shared_final_loss(hooks)
+    if is_last_rank():
         total_tokens = seen.tokens_before(stage) + phase.tokens
-        hooks.metrics.append_heldout(when="end", step=args.train_iters, total_tokens=total_tokens, losses=losses, answers=found)
+        hooks.metrics.append_heldout(
+            when="end", step=args.train_iters, total_tokens=total_tokens, losses=losses, answers=answers
+        )
     if args.rank == 0:
-        _hand_off(
+        one_rank.write_handoff(
             seen,
             stage,
             stage_dir,
             previous,
-            manifest,
-            sft.epochs,
-            training_digest,
-            final_loss,
-            losses,
-            found,
-            heldout_manifest.digest,
-            recipe.digest(),
+            kind="sft",
+            total_tokens=seen.tokens_before(stage),  # of pre-training: fine-tuning has a schedule of its own
+            recipe_digest=recipe.digest(),
+            training_digest=training_digest,
+            data_digest=manifest.digest,
+            tokenizer=manifest.tokenizer.model_dump(mode="json"),
+            drawn=count_drawn(manifest, data_root, sft.epochs),
+            final_loss=final_loss,
+            losses=losses,
+            heldout_digest=heldout_manifest.digest,
+            answers=answers,
         )
-    pretrain.leave_group()
+    one_rank.leave_group()
     return FINISHED
-
-
-def _hand_off(
-    seen: Recipe,
-    stage: str,
-    stage_dir: Path,
-    previous: Handoff | None,
-    manifest: SftManifest,
-    epochs: int,
-    training_digest: str,
-    final_loss: float,
-    losses: dict[str, float],
-    answers: dict[str, float],
-    heldout_digest: str,
-    recipe_digest: str,
-) -> None:
-    """Write handoff.json; `seen` is the recipe with the stage as a phase."""
-    phase = seen.phase[stage]
-    step = latest_step(stage_dir / "checkpoints")
-    if step != phase.steps:
-        raise RuntimeError(
-            f"{stage_dir}: the last checkpoint is of step {step}, the stage has {phase.steps}; no hand-off is written"
-        )
-    checkpoint = f"checkpoints/iter_{step:07d}"
-    ledger = dict(previous.ledger) if previous else {}
-    ledger[stage] = count_drawn(manifest, Path(seen.data.root), epochs)
-    Handoff(
-        stage=stage,
-        kind="sft",
-        step=step,
-        stage_tokens=phase.tokens,
-        total_tokens=seen.tokens_before(stage),
-        checkpoint=checkpoint,
-        checkpoint_files={k: FileRecord.model_validate(v) for k, v in digest_folder(stage_dir / checkpoint).items()},
-        recipe_digest=recipe_digest,
-        training_digest=training_digest,
-        data_digest=manifest.digest,
-        ledger=ledger,
-        layout=phase.parallel.model_dump(mode="json"),
-        rope_base=phase.rope_base,
-        seq_length_tokens=phase.seq_length_tokens,
-        model=seen.model,
-        tokenizer=manifest.tokenizer.model_dump(mode="json"),
-        final_loss=final_loss,
-        heldout=losses,
-        heldout_digest=heldout_digest,
-        heldout_answers=answers,
-        versions=versions(),
-    ).write(stage_dir)
 
 
 def count_drawn(manifest: SftManifest, data_root: Path, epochs: int) -> dict[str, Drawn]:
@@ -339,4 +242,4 @@ def count_drawn(manifest: SftManifest, data_root: Path, epochs: int) -> dict[str
 
 
 if __name__ == "__main__":
-    fast_import.leave(pretrain.main(program="training.sft", rank_main=run_rank))
+    fast_import.leave(one_rank.main(program="training.sft", rank_main=run_rank))

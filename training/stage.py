@@ -12,7 +12,7 @@ most of a short stage's time. On GPUs torchrun makes them (training/torchrun.py)
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
 import os
 import signal
 import socket
@@ -25,8 +25,10 @@ from types import FrameType
 
 from recipes.schema import Recipe, RecipeError
 from recipes.slurm_options import slurm_options
-from training import disk, fast_import, stacks, startup, wandb_log
+from training import disk, fast_import, one_rank, rank_end, stacks, startup, wandb_log
+from training.arguments import Load
 from training.exit_codes import DISK_FULL, FINISHED, REFUSED, REQUEUE
+from training.one_rank import RankMain
 
 # After the first rank died the others wait in a collective for it; gloo notices in milliseconds, so this is generous.
 GRACE_SECONDS = 10.0
@@ -105,7 +107,7 @@ def run_phase(recipe: Recipe, stage: str, run_dir: Path) -> int:
     from data_prep.index_caches import RECORD_NAME, IndexCache, cache_path
     from data_prep.manifest import DataError, HeldoutManifest, MixtureManifest, heldout_path, mixture_path
     from training.handoff import Refused, resolve, write_start
-    from training.pretrain import write_model_json
+    from training.pretrain import run_rank, write_model_json
 
     stage_dir = run_dir / "stages" / stage
     stage_dir.mkdir(parents=True, exist_ok=True)
@@ -128,24 +130,50 @@ def run_phase(recipe: Recipe, stage: str, run_dir: Path) -> int:
     if decision.kind == "first_start":
         write_start(stage_dir, decision)
     write_model_json(recipe, stage, stage_dir, mixture.tokenizer.model_dump(mode="json"))
-    startup.mark("verification")
+    code = run_ranks(
+        recipe, stage, run_dir, decision.load, decision.training_digest, program="training.pretrain", rank_main=run_rank
+    )
+    return outcome(code, stage_dir / "handoff.json")
 
-    if recipe.cluster.gpu == "cpu":
-        from training.pretrain import import_megatron, run_rank
 
-        import_megatron(recipe)
-        ranks = recipe.phase[stage].parallel.gpus
-        code = run_forked(ranks, lambda: run_rank(recipe, stage, run_dir, decision.load, decision.training_digest))
-    else:
-        load = decision.load and {
-            "checkpoints": str(decision.load.checkpoints),
-            "step": decision.load.step,
-            "resume": decision.load.resume,
-        }
-        code = run_torchrun(recipe, stage, run_dir, json.dumps(load) if load else None, decision.training_digest)
-    if code != 0:
+def outcome(code: int, result: Path) -> int:
+    """The stage's exit code after its ranks: without `result`, which they write last, they have saved and left before the last step."""
+    if code != FINISHED:
         return code
-    return FINISHED if (stage_dir / "handoff.json").exists() else REQUEUE
+    return FINISHED if result.exists() else REQUEUE
+
+
+def run_ranks(
+    recipe: Recipe,
+    stage: str,
+    run_dir: Path,
+    load: Load | None,
+    training_digest: str,
+    *,
+    program: str,
+    rank_main: RankMain,
+    imports: tuple[str, ...] = (),
+) -> int:
+    """The ranks of this node: forked on CPU, where each calls `rank_main`, by torchrun on GPUs, where each is `python -m program`.
+
+    `imports` are modules that the ranks need beside Megatron, and the pre-training's own; forked ranks find them imported. Returns the
+    exit code of `run_forked` or `torchrun`.
+    """
+    startup.mark("verification")
+    if recipe.cluster.gpu != "cpu":
+        return run_torchrun(recipe, stage, run_dir, load, training_digest, program=program)
+    one_rank.import_megatron(recipe)
+    for name in imports:
+        importlib.import_module(name)
+    startup.mark("imports")
+    rank_end.clear(run_dir / "stages" / stage)  # as torchrun does
+    return run_forked(_gpus(recipe, stage)[1], lambda: rank_main(recipe, stage, run_dir, load, training_digest))
+
+
+def _gpus(recipe: Recipe, stage: str) -> tuple[str, int]:
+    """The key of the stage's number of ranks, and the number."""
+    kind = recipe.stage_kind(stage)
+    return f"{kind}.{stage}.parallel.gpus", getattr(recipe, kind)[stage].parallel.gpus
 
 
 def run_forked(ranks: int, rank_main: Callable[[], int]) -> int:
@@ -223,16 +251,11 @@ def _rank_process(rank: int, ranks: int, port: int, rank_main: Callable[[], int]
         fast_import.leave(code)
 
 
-def run_torchrun(recipe: Recipe, stage: str, run_dir: Path, load: str | None, digest: str) -> int:
-    """Start this node's ranks of a phase with torchrun."""
-    program = ["-m", "training.pretrain", "--run-dir", str(run_dir), "--stage", stage, "--training-digest", digest]
-    return torchrun(
-        recipe.phase[stage].parallel.gpus,
-        f"phase.{stage}.parallel.gpus",
-        [*program, *(("--load", load) if load else ())],
-        stage_dir=run_dir / "stages" / stage,
-        grace_seconds=grace_seconds(recipe),
-    )
+def run_torchrun(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, training_digest: str, *, program: str) -> int:
+    """Start this node's ranks of a stage with torchrun."""
+    key, gpus = _gpus(recipe, stage)
+    words = one_rank.rank_program(program, run_dir, stage, load, training_digest)
+    return torchrun(gpus, key, words, stage_dir=run_dir / "stages" / stage, grace_seconds=grace_seconds(recipe))
 
 
 def grace_seconds(recipe: Recipe) -> float | None:

@@ -55,7 +55,7 @@ with fast_import.quick_imports():
     from recipes.schema import Recipe
     from training import token_ids
     from training.arguments import add_granite_arguments, compile_phase
-    from training.pretrain import model_provider
+    from training.one_rank import phase_model
 cpu_optimizer.install()
 token_ids.install(0)
 # Help texts of 800 arguments, read from source code: a third of a second for every rank.
@@ -191,7 +191,7 @@ def state(job: Job) -> dict[str, Any]:
         model.spec._local_layer = _engine_layer
 
     def provide(**kwargs: Any) -> Any:
-        chunk = model_provider(recipe, job.stage, args)(**kwargs)
+        chunk = phase_model(recipe, job.stage, args)(**kwargs)
         if job.fp8_parameters is not None:
             start, end = job.fp8_parameters
             config = SimpleNamespace(
@@ -261,7 +261,7 @@ def saved(job: Job) -> dict[str, Any]:
     phase = recipe.phase[job.stage]
     layout = phase.parallel
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
-    chunk = model_provider(recipe, job.stage, args)(pre_process=first, post_process=last)
+    chunk = phase_model(recipe, job.stage, args)(pre_process=first, post_process=last)
     if args.bf16:
         chunk.bfloat16()
     chunk.train()
@@ -296,7 +296,7 @@ def schedule(job: Job) -> dict[str, Any]:
     for vp_stage in range(layout.virtual_pipeline or 1):
         place = {"ignore_virtual": False, "vp_stage": vp_stage if layout.virtual_pipeline else None}
         first, last = parallel_state.is_pipeline_first_stage(**place), parallel_state.is_pipeline_last_stage(**place)
-        chunk = model_provider(recipe, job.stage, args)(pre_process=first, post_process=last, vp_stage=place["vp_stage"])
+        chunk = phase_model(recipe, job.stage, args)(pre_process=first, post_process=last, vp_stage=place["vp_stage"])
         chunk.model_type, chunk.vp_stage = ModelType.encoder_or_decoder, place["vp_stage"]
         chunk.config.batch_p2p_comm = False
         chunks.append(chunk.train())

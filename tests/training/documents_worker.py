@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from training import fast_import
-from training.pretrain import import_megatron_on
+from training.one_rank import import_megatron_on
 
 os.environ |= {"OMP_NUM_THREADS": "1", "QUARRY_RECORD_SAMPLES": "1"}
 import_megatron_on("cpu")

@@ -1,6 +1,5 @@
 """A run of two small phases on generated token data, for tests that start real ranks."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -186,7 +185,7 @@ def start_stage(run, stage):
 def save_before_the_first_step():
     """Main of a process of its own: start stage `second` of the run in argv[1], save what was loaded as step 1, and leave."""
     from training import stage
-    from training.pretrain import import_megatron
+    from training.one_rank import import_megatron
 
     run = Path(sys.argv[1])
     import_megatron(Recipe.read(run / "recipe.json"))
@@ -217,8 +216,8 @@ def start_with_torchrun():
     stage_dir = run / "stages" / "second"
     write_start(stage_dir, decision)
     write_model_json(recipe, "second", stage_dir, mixture.tokenizer.model_dump(mode="json"))
-    load = {"checkpoints": str(decision.load.checkpoints), "step": decision.load.step, "resume": decision.load.resume}
-    sys.exit(stage.run_torchrun(recipe, "second", run, json.dumps(load), decision.training_digest))
+    digest = decision.training_digest
+    sys.exit(stage.run_torchrun(recipe, "second", run, decision.load, digest, program="training.pretrain"))
 
 
 def read_checkpoint(stage_dir):

@@ -191,7 +191,7 @@ def drive():
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     from training import stage as command
-    from training.pretrain import import_megatron_on
+    from training.one_rank import import_megatron_on
 
     import_megatron_on("cpu")
     for job in sys.argv[1:]:

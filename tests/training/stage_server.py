@@ -83,7 +83,7 @@ class StageServer:
 
 
 def main(path: str) -> None:
-    from training.pretrain import import_megatron_on
+    from training.one_rank import import_megatron_on
 
     import_megatron_on("cpu")
     listener = socket.socket(socket.AF_UNIX)

@@ -149,10 +149,10 @@ def test_several_nodes_without_a_meeting_point_are_refused(base, monkeypatch, ca
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NNODES", "2")
     recipe = make_recipe(base / "data", LAYOUTS["dp2"], "dp2")
-    assert run_torchrun(recipe, "second", base, None, "") == 78
+    assert run_torchrun(recipe, "second", base, None, "", program="training.pretrain") == 78
     assert "MASTER_ADDR and MASTER_PORT not set" in capsys.readouterr().err
     monkeypatch.setenv("NNODES", "3")
-    assert run_torchrun(recipe, "second", base, None, "") == 78
+    assert run_torchrun(recipe, "second", base, None, "", program="training.pretrain") == 78
     assert "3 nodes (NNODES) do not divide" in capsys.readouterr().err
 
 

@@ -6,7 +6,7 @@ import sys
 
 PROGRAM = """
 import sys
-from training.pretrain import import_megatron_on
+from training.one_rank import import_megatron_on
 import_megatron_on("cpu")
 heavy = {"sympy", "torch._dynamo", "transformers", "torch._meta_registrations", "torch.fx.experimental.symbolic_shapes"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)

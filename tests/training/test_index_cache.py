@@ -248,7 +248,7 @@ BUILDERS_FORBIDDEN = """
 import sys
 from recipes.schema import Recipe
 from training import stage
-from training.pretrain import import_megatron
+from training.one_rank import import_megatron
 from pathlib import Path
 
 import_megatron(Recipe.read(Path(sys.argv[1]) / "recipe.json"))

@@ -22,7 +22,7 @@ from training.evaluation.errors import EvaluationError
 from training.evaluation.source import Source
 
 TOLERANCE_NATS = {"float32": 1e-4, "bfloat16": 2e-2}
-"""How far the two may be apart: as training.pretrain.GATE_NATS, for the same reasons."""
+"""How far the two may be apart: as training.loss_gate.GATE_NATS, for the same reasons."""
 DEFAULT_SAMPLES = 64
 MAX_LOGITS = 1 << 28
 """Logits of one batch, as float32: 1 GiB, for a vocabulary of 100,352 about 2,600 tokens."""

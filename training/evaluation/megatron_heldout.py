@@ -10,14 +10,12 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.files import write_json
 from data_prep.manifest import HeldoutManifest, heldout_path
-from training import arguments, fast_import
-from training.pretrain import import_megatron_on
+from training import arguments, fast_import, one_rank
 from training.stage import free_port
 
 MICRO_BATCH_SAMPLES = 1
@@ -57,19 +55,15 @@ def compile_arguments(model: object, rope_base: float, length_tokens: int, check
 
 def measure(checkpoint: Path, root: Path, samples: int, gpu: str, dtype: str) -> dict[str, float]:
     """Mean loss in nats per token of each category of `root`/heldout/manifest.json."""
-    import_megatron_on(gpu)
+    one_rank.import_megatron_on(gpu)
     from megatron.core.enums import ModelType
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.utils import get_model_config
-    from megatron.training.argument_utils import core_transformer_config_from_args
-    from megatron.training.arguments import parse_and_validate_args
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.initialize import initialize_megatron
     from megatron.training.training import get_model
 
-    from model import builder
     from model.convert import Description
-    from training import heldout, token_ids
+    from training import heldout
 
     described = Description.find(checkpoint)
     manifest = HeldoutManifest.read(heldout_path(root))
@@ -77,33 +71,14 @@ def measure(checkpoint: Path, root: Path, samples: int, gpu: str, dtype: str) ->
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1"
     )
-    token_ids.install(manifest.tokenizer.eod_id)
-    sys.argv = ["heldout", *compile_arguments(described.model, described.rope_base, length, checkpoint, gpu, dtype)]
-    args = parse_and_validate_args(arguments.add_granite_arguments)
+    words = compile_arguments(described.model, described.rope_base, length, checkpoint, gpu, dtype)
+    args = one_rank.parse_arguments("heldout", words, eod_id=manifest.tokenizer.eod_id, stage_dir=None)
     initialize_megatron()
-
-    def provide(
-        pre_process: bool = True,
-        post_process: bool = True,
-        vp_stage: int | None = None,
-        config: object = None,
-        pg_collection: object = None,
-    ) -> object:
-        return builder.build(
-            config or core_transformer_config_from_args(args),
-            described.model,
-            rope_base=described.rope_base,
-            max_sequence_length=length,
-            pre_process=pre_process,
-            post_process=post_process,
-            vp_stage=vp_stage,
-            pg_collection=pg_collection,
-        )
-
+    provide = one_rank.model_provider(described.model, args, rope_base=described.rope_base, max_sequence_length_tokens=length)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     network = get_model(provide, ModelType.encoder_or_decoder, wrap_with_ddp=False, pg_collection=groups)
     load_checkpoint(network, None, None)
-    return heldout.evaluate(network, get_model_config(network[0]), manifest, root, samples)
+    return heldout.evaluate(network, manifest, root, samples)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +23,10 @@ from data_prep.errors import DataError
 from data_prep.files import write_json
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema import RecipeError
-from training import disk, fast_import, rank_end, stacks
-from training.arguments import Load, add_granite_arguments
-from training.exit_codes import DISK_FULL, FINISHED, REFUSED, REQUEUE, SUSPICIOUS, SuspiciousResult
-from training.handoff import Refused, _read_start, latest_step
+from training import fast_import, one_rank, rank_end, stacks
+from training.arguments import Load
+from training.exit_codes import FINISHED, SUSPICIOUS, SuspiciousResult
+from training.handoff import Refused, latest_step, read_start
 from training.metrics import MetricsLog
 from training.rewards import FailureGuard, Message, RewardError, RewardPlan, Rewards, TooManyFailures
 from training.rewards import Sample as RewardSample
@@ -47,7 +45,7 @@ class Boundary:
     log, which rank 0 writes."""
 
     begin: Callable[[list[Any], MetricsLog], None]
-    """Before the first step of a first start; raises training.pretrain.LossGate if this is not the model that was handed off."""
+    """Before the first step of a first start; raises training.loss_gate.LossGate if this is not the model that was handed off."""
     end: Callable[[list[Any], MetricsLog], None]
     """After the last checkpoint is saved."""
 
@@ -86,7 +84,7 @@ def decide(job: Job, stage_dir: Path, digest: str) -> Load | None:
     """What the ranks load; raises Refused if a resume would change what is learned."""
     step = latest_step(stage_dir / "checkpoints")
     if step is not None:
-        started = _read_start(stage_dir)
+        started = read_start(stage_dir)
         if started != digest:
             raise Refused(
                 f"{stage_dir} was begun with another job, other prompts or another tokenizer (digest {started[:12]}..., now {digest[:12]}...): "
@@ -126,32 +124,14 @@ def run_stage(stage_dir: Path, reward: RewardFunction | None = None) -> int:
     print(f"{stage_dir.name}: {'resume' if load and load.resume else 'first start'} from {start}", flush=True)
     if job.gpu == "cpu":
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        from training.pretrain import import_megatron_on
-
-        import_megatron_on("cpu")
+        one_rank.import_megatron_on("cpu")
         code = stage.run_forked(job.parallel.gpus, lambda: run_rank(job, stage_dir, load, inputs, reward))
     else:
         if reward is not None:
             raise ValueError("a reward function cannot be handed to ranks that torchrun starts; put a reward plan into the job")
-        program = ["-m", "training.rl.grpo", "--stage-dir", str(stage_dir), "--rank", *load_arguments(load)]
+        program = ["-m", "training.rl.grpo", "--stage-dir", str(stage_dir), "--rank", *one_rank.load_arguments(load)]
         code = stage.torchrun(job.parallel.gpus, "parallel.gpus", program, stage_dir=stage_dir, grace_seconds=None)
-    if code != FINISHED:
-        return code
-    return FINISHED if (stage_dir / RESULT).exists() else REQUEUE
-
-
-def load_arguments(load: Load | None) -> list[str]:
-    """What a rank that torchrun starts is told of where it begins."""
-    if load is None:
-        return []
-    return ["--load", json.dumps({"checkpoints": str(load.checkpoints), "step": load.step, "resume": load.resume})]
-
-
-def parse_load(text: str | None) -> Load | None:
-    if text is None:
-        return None
-    values = json.loads(text)
-    return Load(checkpoints=Path(values["checkpoints"]), step=values["step"], resume=values["resume"])
+    return stage.outcome(code, stage_dir / RESULT)
 
 
 def run_rank(
@@ -166,20 +146,7 @@ def run_rank(
 
     `boundary` is the chain's; None: the stage stands alone, and `result.json` is all that is left beside the checkpoints.
     """
-    stacks.separate_rank(stage_dir, int(os.environ["RANK"]))
-    witness = disk.Witness()
-
-    def main() -> int:
-        try:
-            return _run_rank(job, stage_dir, load, inputs, reward, boundary)
-        except BaseException as error:  # torch's CheckpointException is no Exception
-            if not (witness.seen or disk.is_full(error, stage_dir)):
-                raise
-            traceback.print_exc()
-            print(disk.message(stage_dir), file=sys.stderr, flush=True)
-            raise rank_end.Ended(DISK_FULL, disk.message(stage_dir)) from error
-
-    return rank_end.recorded(stage_dir, main)
+    return one_rank.run(stage_dir, stage_dir, lambda: _run_rank(job, stage_dir, load, inputs, reward, boundary))
 
 
 def _run_rank(
@@ -190,9 +157,7 @@ def _run_rank(
     reward: RewardFunction | None,
     boundary: Boundary | None,
 ) -> int:
-    from training.pretrain import LossGate, import_megatron_on
-
-    import_megatron_on(job.gpu)
+    one_rank.import_megatron_on(job.gpu)
     import torch
 
     from training.rl.engines import build_engine
@@ -228,10 +193,6 @@ def _run_rank(
         begin = (lambda: boundary.begin(model, trainer.metrics)) if boundary is not None and not resumed else None
         try:
             finished = trainer.run(begin)
-        except LossGate as error:  # on every rank alike
-            if torch.distributed.get_rank() == 0:
-                print(f"refused: {error}", file=sys.stderr, flush=True)
-            raise rank_end.Ended(REFUSED, str(error)) from error
         except SuspiciousResult as error:  # on every rank alike
             if torch.distributed.get_rank() == 0:
                 print(f"stopped: {error}", file=sys.stderr, flush=True)
@@ -242,8 +203,7 @@ def _run_rank(
         write_json(
             stage_dir / RESULT, {"format": "quarry.grpo_result/1", "steps": job.grpo.steps, "training_digest": inputs.digest}
         )
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    one_rank.leave_group()
     return FINISHED
 
 
@@ -252,41 +212,13 @@ def _set_up(job: Job, stage_dir: Path, load: Load | None, eod_id: int) -> tuple[
     import megatron.training.training as upstream
     from megatron.core.enums import ModelType
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_and_validate_args
-    from megatron.training.initialize import initialize_megatron
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    import model.builder
-    from training import token_ids
     from training.scheduler import TokenScheduler
 
     grpo = job.grpo
-    token_ids.install(eod_id)
-    arguments = job.compile(stage_dir, load)
-    sys.argv = ["grpo", *arguments]
-    args = parse_and_validate_args(add_granite_arguments)
-    if args.rank == 0:
-        (stage_dir / "args.txt").write_text("\n".join(arguments) + "\n")
-    initialize_megatron()
-    upstream.set_jit_fusion_options(tp_size=args.tensor_model_parallel_size)
-
-    def provide_model(
-        pre_process: bool = True,
-        post_process: bool = True,
-        vp_stage: int | None = None,
-        config: Any = None,
-        pg_collection: Any = None,
-    ) -> Any:
-        return model.builder.build(
-            config or core_transformer_config_from_args(args),
-            job.model,
-            rope_base=grpo.rope_base,
-            max_sequence_length=grpo.seq_length_tokens,
-            pre_process=pre_process,
-            post_process=post_process,
-            vp_stage=vp_stage,
-            pg_collection=pg_collection,
-        )
+    args = one_rank.parse_arguments("grpo", job.compile(stage_dir, load), eod_id=eod_id, stage_dir=stage_dir)
+    one_rank.initialize(args)
 
     def learning_rate(samples: int) -> float:
         """Of the optimizer step that begins after `samples` samples."""
@@ -306,7 +238,9 @@ def _set_up(job: Job, stage_dir: Path, load: Load | None, eod_id: int) -> tuple[
     fast_import.results_stay_in_process()
     return upstream.setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
-        model_provider_func=provide_model,
+        model_provider_func=one_rank.model_provider(
+            job.model, args, rope_base=grpo.rope_base, max_sequence_length_tokens=grpo.seq_length_tokens
+        ),
         checkpointing_context={},
         cfg_container=pretrain_cfg_container_from_args(args),
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
@@ -364,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
         return run_stage(options.stage_dir)
     stage_dir = options.stage_dir.resolve()
     job = Job.read(stage_dir / "job.json")
-    return run_rank(job, stage_dir, parse_load(options.load), read_inputs(job), None)
+    return run_rank(job, stage_dir, one_rank.parse_load(options.load), read_inputs(job), None)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,9 @@ held-out losses are compared at the boundary, and a hand-off is left.
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from data_prep.files import digest_of
@@ -18,24 +16,26 @@ from data_prep.manifest import HeldoutManifest, heldout_path
 from data_prep.rl_prompts import prompt_paths
 from recipes.grpo_stage import as_phase, settings
 from recipes.schema import Recipe, RecipeError
-from training import fast_import, pretrain
+from training import fast_import, one_rank
 from training.arguments import Load
-from training.exit_codes import FINISHED, REQUEUE
-from training.files import digest_folder, read_json_lines
+from training.exit_codes import FINISHED
+from training.files import read_json_lines
 from training.handoff import (
     Decision,
     Drawn,
-    FileRecord,
     Handoff,
     Refused,
     decide,
-    latest_step,
+    final_checkpoint,
     predecessor,
     read_predecessor,
     write_start,
 )
+from training.loss_gate import evaluate_through_gate
 from training.metrics import MetricsLog
-from training.rl.grpo import REFUSALS, Boundary, Inputs, load_arguments, parse_load, read_inputs, run_rank
+from training.pretrain import write_model_json
+from training.rl import grpo
+from training.rl.grpo import REFUSALS, Boundary, Inputs, read_inputs
 from training.rl.job import RESUMABLE_CHANGES, Initial, Job
 from training.versions import versions
 
@@ -98,7 +98,7 @@ def _resolve(recipe: Recipe, stage: str, run_dir: Path, job: Job, inputs: Inputs
 
 def run_grpo(recipe: Recipe, stage: str, run_dir: Path) -> int:
     """First start, resume or refuse, then the ranks of this node; returns the exit code (see training.stage)."""
-    from training.stage import grace_seconds, refuse, run_forked, torchrun
+    from training.stage import outcome, refuse, run_ranks
 
     stage_dir = run_dir / "stages" / stage
     stage_dir.mkdir(parents=True, exist_ok=True)
@@ -113,32 +113,36 @@ def run_grpo(recipe: Recipe, stage: str, run_dir: Path) -> int:
     print(f"stage '{stage}': {decision.kind} ({decision.reason}), verified in {time.monotonic() - began:.1f} s", flush=True)
     if decision.kind == "finished":
         return FINISHED
-    grpo = job.grpo
+    own = job.grpo
     print(
-        f"prompts: {len(inputs.prompts.items)}, {grpo.prompts_per_step} x {grpo.samples_per_prompt} samples a step, {grpo.steps} steps",
+        f"prompts: {len(inputs.prompts.items)}, {own.prompts_per_step} x {own.samples_per_prompt} samples a step, {own.steps} steps",
         flush=True,
     )
     if decision.kind == "first_start":
         write_start(stage_dir, decision)
-    pretrain.write_model_json(as_phase(recipe, stage), stage, stage_dir, tokenizer)
+    write_model_json(as_phase(recipe, stage), stage, stage_dir, tokenizer)
     job.write(stage_dir / "job.json")
-    if recipe.cluster.gpu == "cpu":
-        pretrain.import_megatron(recipe)
-        load, digest = decision.load, decision.training_digest
-        code = run_forked(job.parallel.gpus, lambda: rank(recipe, stage, run_dir, load, digest, job, inputs))
-    else:
-        program = ["-m", "training.rl.stage", "--run-dir", str(run_dir), "--stage", stage]
-        program += ["--training-digest", decision.training_digest, *load_arguments(decision.load)]
-        key = f"grpo.{stage}.parallel.gpus"
-        code = torchrun(job.parallel.gpus, key, program, stage_dir=stage_dir, grace_seconds=grace_seconds(recipe))
-    if code != FINISHED:
-        return code
-    return FINISHED if (stage_dir / "handoff.json").exists() else REQUEUE
+
+    def rank_main(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, training_digest: str) -> int:
+        return _run_rank(recipe, stage, run_dir, load, training_digest, job, inputs)
+
+    code = run_ranks(
+        recipe, stage, run_dir, decision.load, decision.training_digest, program="training.rl.stage", rank_main=rank_main
+    )
+    return outcome(code, stage_dir / "handoff.json")
 
 
-def rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, training_digest: str, job: Job, inputs: Inputs) -> int:
+def run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, training_digest: str) -> int:
+    """As pretrain.run_rank, for a reinforcement-learning stage of `recipe`, in a process that has not read its inputs yet."""
+    job, _ = make_job(recipe, stage, run_dir)
+    return _run_rank(recipe, stage, run_dir, load, training_digest, job, read_inputs(job))
+
+
+def _run_rank(
+    recipe: Recipe, stage: str, run_dir: Path, load: Load | None, training_digest: str, job: Job, inputs: Inputs
+) -> int:
     boundary = _boundary(recipe, stage, run_dir, job, training_digest)
-    return run_rank(job, run_dir / "stages" / stage, load, inputs, None, boundary)
+    return grpo.run_rank(job, run_dir / "stages" / stage, load, inputs, None, boundary)
 
 
 def _boundary(recipe: Recipe, stage: str, run_dir: Path, job: Job, training_digest: str) -> Boundary:
@@ -149,49 +153,32 @@ def _boundary(recipe: Recipe, stage: str, run_dir: Path, job: Job, training_dige
     previous = Handoff.read(before)
     manifest = HeldoutManifest.read(heldout_path(data_root))
 
-    def evaluate(model: list[Any]) -> dict[str, float]:
-        import megatron.training.training as upstream
-
-        from training import heldout
-
-        config = upstream.get_model_config(model[0])
-        timers, config.timers = config.timers, None
-        losses = heldout.evaluate(model, config, manifest, data_root, recipe.data.heldout_batch_samples)
-        config.timers = timers
-        return losses
-
     def begin(model: list[Any], metrics: MetricsLog) -> None:
         import torch
 
-        seen, at = as_phase(recipe, stage), SimpleNamespace(model=model)
-        losses = pretrain.evaluate_through_gate(seen, stage, at, previous, manifest.digest, lambda at: evaluate(at.model))
+        losses = evaluate_through_gate(as_phase(recipe, stage), stage, model, previous, manifest)
         if torch.distributed.get_rank() == 0:
             metrics.append_heldout(when="start", step=0, total_tokens=recipe.tokens_before(stage), losses=losses)
 
     def end(model: list[Any], metrics: MetricsLog) -> None:
         import torch
 
-        losses = evaluate(model)
+        from training import heldout
+
+        losses = heldout.evaluate(model, manifest, data_root, recipe.data.heldout_batch_samples)
         if torch.distributed.get_rank() != 0:
             return
-        step = latest_step(stage_dir / "checkpoints")
-        if step != job.grpo.steps:
-            raise RuntimeError(
-                f"{stage_dir}: the last checkpoint is of step {step}, the stage has {job.grpo.steps}; no hand-off is written"
-            )
+        checkpoint = final_checkpoint(stage_dir, job.grpo.steps)
         last = read_json_lines(stage_dir / "metrics.jsonl")[-1]
-        metrics.append_heldout(when="end", step=step, total_tokens=recipe.tokens_before(stage), losses=losses)
-        checkpoint = f"checkpoints/iter_{step:07d}"
+        metrics.append_heldout(when="end", step=job.grpo.steps, total_tokens=recipe.tokens_before(stage), losses=losses)
         drawn = {"rollouts": Drawn(samples=job.grpo.steps * job.grpo.samples_per_step, tokens=last["stage_tokens"])}
         previous.model_copy(
             update={
                 "stage": stage,
                 "kind": "grpo",
-                "step": step,
                 "stage_tokens": last["stage_tokens"],
                 "total_tokens": recipe.tokens_before(stage),
-                "checkpoint": checkpoint,
-                "checkpoint_files": {k: FileRecord.model_validate(v) for k, v in digest_folder(stage_dir / checkpoint).items()},
+                **checkpoint,
                 "recipe_digest": recipe.digest(),
                 "training_digest": training_digest,
                 "data_digest": None,
@@ -212,20 +199,6 @@ def _boundary(recipe: Recipe, stage: str, run_dir: Path, job: Job, training_dige
     return Boundary(begin, end)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """A rank under torchrun."""
-    parser = argparse.ArgumentParser(prog="python -m training.rl.stage", description=__doc__)
-    parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument("--stage", required=True)
-    parser.add_argument("--training-digest", required=True)
-    parser.add_argument("--load", help="JSON: checkpoints, step, resume")
-    options = parser.parse_args(argv)
-    recipe = Recipe.read(options.run_dir / "recipe.json")
-    job, _ = make_job(recipe, options.stage, options.run_dir)
-    inputs = read_inputs(job)
-    return rank(recipe, options.stage, options.run_dir, parse_load(options.load), options.training_digest, job, inputs)
-
-
 if __name__ == "__main__":
     # Without the interpreter's teardown: NCCL and loader threads can hang in it long after the work is done.
-    fast_import.leave(main())
+    fast_import.leave(one_rank.main(program="training.rl.stage", rank_main=run_rank))

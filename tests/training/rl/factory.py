@@ -46,7 +46,7 @@ def drive(log, *runs):
 
 
 def _drive():
-    from training.pretrain import import_megatron_on
+    from training.one_rank import import_megatron_on
     from training.rl.demo import reward
     from training.rl.grpo import run_stage
 
