@@ -80,6 +80,10 @@ class Verification:
         self.workers = workers
         self.progress = progress
         self.full = full
+        self.remedy = REMEDY
+        """Of findings that name no other."""
+        self.notes: list[str] = []
+        """What could not be verified, for want of a record; no findings."""
         self.findings: list[Finding] = []
         self.wants_heads = False
         """Whether the beginnings of documents are kept, to compare documents of different files; set before collecting."""
@@ -99,11 +103,11 @@ class Verification:
                 return str(path.relative_to(base))
         return str(path)
 
-    def find(self, path: Path, what: str, expected: object, found: object, remedy: str = REMEDY) -> None:
+    def find(self, path: Path, what: str, expected: object, found: object, remedy: str | None = None) -> None:
         with self._lock:
-            self.findings.append(Finding(self.shown(path), what, str(expected), str(found), remedy))
+            self.findings.append(Finding(self.shown(path), what, str(expected), str(found), remedy or self.remedy))
 
-    def refused(self, path: Path, error: DataError, remedy: str = REMEDY) -> None:
+    def refused(self, path: Path, error: DataError, remedy: str | None = None) -> None:
         """A DataError of a reader of ours, as a finding."""
         message = str(error).removeprefix(f"{path}: ")
         self.find(path, "content", "what its format says", message, remedy)
@@ -112,14 +116,14 @@ class Verification:
         """Do `check` when all files have been read; it may run beside others."""
         self._later.append(check)
 
-    def file(self, path: Path, digest: Digest, said_by: Path, remedy: str = REMEDY) -> bool:
+    def file(self, path: Path, digest: Digest, said_by: Path, remedy: str | None = None) -> bool:
         """`path` must be as recorded; False where there is no such file."""
         if not path.is_file():
             found = f"a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else "no such file"
             self.find(path, f"file that {self.shown(said_by)} names", "a file", found, remedy)
             return False
         self._reading(path).digests[digest.algorithm] = ""
-        self._recorded.append(Recorded(path, digest, said_by, remedy))
+        self._recorded.append(Recorded(path, digest, said_by, remedy or self.remedy))
         return True
 
     def _reading(self, path: Path) -> Reading:
@@ -149,7 +153,7 @@ class Verification:
         return content == written
 
     def pair(
-        self, prefix: Path, record: PairRecord, *, vocab_size: int | None, eod_id: int | None, remedy: str = REMEDY
+        self, prefix: Path, record: PairRecord, *, vocab_size: int | None, eod_id: int | None, remedy: str | None = None
     ) -> Index | None:
         """Check a .bin/.idx pair and look at all its tokens; the index where it can be read."""
         idx, bin_ = idx_path(prefix), bin_path(prefix)
@@ -187,7 +191,7 @@ class Verification:
         self.documents += index.documents
         return index
 
-    def _look(self, bin_: Path, index: Index, vocab_size: int | None, eod_id: int | None, remedy: str) -> None:
+    def _look(self, bin_: Path, index: Index, vocab_size: int | None, eod_id: int | None, remedy: str | None) -> None:
         reading = self._reading(bin_)
         if index.dtype.kind not in "iu":
             return self.find(idx_path(bin_.with_suffix("")), "dtype", "integers", index.dtype.name, remedy)
@@ -201,7 +205,7 @@ class Verification:
             reading.look.eod_id = eod_id if reading.look.eod_id is None else reading.look.eod_id
         return None
 
-    def _tokens_found(self, bin_: Path, look: Look, remedy: str) -> None:
+    def _tokens_found(self, bin_: Path, look: Look, remedy: str | None) -> None:
         if look.over:
             position, token = look.first_over
             self.find(
@@ -241,7 +245,7 @@ class Verification:
     def _compare(self) -> None:
         for reading in self._readings.values():
             if reading.error:
-                self.find(reading.path, "reading", "all of it", reading.error, "look at the disk; then run `quarry prep`")
+                self.find(reading.path, "reading", "all of it", reading.error, f"look at the disk; then {self.remedy}")
         of_file: dict[Path, list[Recorded]] = defaultdict(list)
         for recorded in self._recorded:
             of_file[self.real(recorded.path)].append(recorded)

@@ -1,7 +1,7 @@
 """Verifies prepared data down to the last byte and says everything that is wrong: file, what, expected, found, remedy.
 
 A path may be a data root, the views of a phase, the held-out sets, the data of an SFT stage, an index cache (each a folder or its
-manifest), or one .bin/.idx pair (its prefix or either file), such as `quarry tokenize` writes. No pickle is ever loaded.
+manifest), one .bin/.idx pair (its prefix or either file), such as `quarry tokenize` writes, or a folder of them. No pickle is ever loaded.
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ from data_prep.sft_manifest import SftManifest
 from data_prep.sources import threads
 from data_prep.verification import PairRecord, Verification
 from data_prep.verify_reading import Finding
-from data_prep.verify_root import Root
+from data_prep.verify_root import TOKENS_FORMAT, Root
 from data_prep.verify_sft import check_sft
 
 __all__ = ["Finding", "inspect", "verify"]
 
 Collect = Callable[[Verification], object]
 ROOT_FOLDERS = ("views", "tokenized", "heldout", "tokens")
-USAGE = "name a data root, a folder or manifest below views/, heldout/, sft/ or cache/, or a .bin/.idx pair by its prefix or either file"
+USAGE = (
+    "name a data root, a folder or manifest below views/, heldout/, sft/ or cache/, a .bin/.idx pair by its prefix or either file, or a "
+    "folder of such pairs"
+)
+TOKENIZE = "run the same `quarry tokenize` again, which makes again what is not as recorded"
 
 
 def verify(path: Path, *, workers: int | None = None, progress: Progress | None = None, full: bool = False) -> list[Finding]:
@@ -59,6 +63,8 @@ def _what(path: Path) -> tuple[Path, Collect]:
                 return _manifest(path / name)
         if path.parent.name == "views" or path.name == "heldout":
             return _manifest(path / "manifest.json")  # which is missing
+        if prefixes := _prefixes(path):
+            return _pairs(path, prefixes)
     elif path.name in ("manifest.json", RECORD_NAME) and path.is_file():
         return _manifest(path)
     for suffix in (".bin", ".idx", ""):
@@ -111,10 +117,57 @@ def _pair(prefix: Path) -> tuple[Path, Collect]:
         return folder.parent, lambda v: Root(folder.parent, v).source(prefix.name.removesuffix(".heldout"))
 
     record = prefix.with_name(f"{prefix.name}.json")
-    if _format(record).startswith("quarry."):
-        base = folder.parent if folder.name == "tokens" else folder
-        return base, lambda v: Root(base, v).tokens(record, inputs=v.full and folder.name != "tokens")
-    return folder, lambda v: v.pair(prefix, PairRecord(record), vocab_size=None, eod_id=None)
+    in_root = folder.name == "tokens" and (folder.parent / "tokenized").is_dir()
+    base = folder.parent if in_root else folder
+
+    def collect(v: Verification) -> None:
+        if not in_root:
+            v.remedy = TOKENIZE
+        if _is_record(record):
+            return Root(base, v).tokens(record, inputs=v.full and not in_root)
+        if (left := prefix.with_name(f"{prefix.name}.shards")).exists():
+            v.find(left, "folder of a job", "none beside its output", "one that runs, was killed or was refused", TOKENIZE)
+            if not bin_path(prefix).exists() and not idx_path(prefix).exists():
+                return None
+        v.notes.append(
+            f"{v.shown(prefix)}: no record of `quarry tokenize` beside it; bounds were checked, but no digest and no vocabulary"
+        )
+        v.pair(prefix, PairRecord(record), vocab_size=None, eod_id=None)
+        return None
+
+    return base, collect
+
+
+def _prefixes(folder: Path) -> list[Path]:
+    """Of the pairs in a folder, also where only the record or the shards of an unfinished job are left."""
+    found = {
+        path.with_name(path.name.removesuffix(path.suffix))
+        for path in folder.iterdir()
+        if path.suffix in (".bin", ".idx", ".shards")
+    }
+    found |= {path.with_name(path.stem) for path in folder.glob("*.json") if _format(path) == TOKENS_FORMAT}
+    return sorted(found)
+
+
+def _pairs(folder: Path, prefixes: list[Path]) -> tuple[Path, Collect]:
+    found = [_pair(prefix) for prefix in prefixes]
+
+    def collect(v: Verification) -> None:
+        for _, one in found:
+            one(v)
+
+    return found[0][0] if len({base for base, _ in found}) == 1 else folder, collect
+
+
+def _is_record(path: Path) -> bool:
+    """Whether the JSON file beside a pair is a record of its tokens, damaged ones included; others may keep files of their own there."""
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True
+    return isinstance(values, dict) and (str(values.get("format", "")).startswith("quarry.") or "bin" in values)
 
 
 def _format(path: Path) -> str:

@@ -25,6 +25,7 @@ from recipes.schema import describe
 
 CHANGED = "the text has changed since: `quarry prep` or `quarry tokenize`, run again, takes it anew"
 DELETE = "delete it; `quarry prep` deletes what it finds of its own"
+TOKENS_FORMAT = "quarry.tokens/1"
 R = TypeVar("R", bound=Record)
 S = TypeVar("S", bound=Signed)
 
@@ -137,8 +138,8 @@ class Root:
     def tokens(self, path: Path, *, inputs: bool = False) -> None:
         """Check the .bin/.idx pair beside `path`, a record as `quarry tokenize` writes it; `inputs`: and the text that it names."""
         values = _values(path)
-        if "bin" not in values:
-            return self.v.find(path, "record", "one of tokens", "none, or one that cannot be read")
+        if "bin" not in values or values.get("format") != TOKENS_FORMAT:
+            return self.v.find(path, "record", f"one of tokens ({TOKENS_FORMAT})", "none, or one that cannot be read")
         said = {key: values.get(key) for key in ("documents", "tokens", "dtype")}
         files = {key: Digest.find(values.get(key)) for key in ("bin", "idx")}
         prefix = path.with_suffix("")

@@ -15,6 +15,7 @@ EPILOG = """examples:
   quarry verify data/smoke/views/foundation                   what one phase reads, and the sources and cache behind it
   quarry verify data/smoke/tokenized/web.bin                  one .bin/.idx pair, by its prefix or either file
   quarry verify tokens/web --workers 8                        the output of `quarry tokenize`, eight files at a time
+  quarry verify tokens --full                                 all that was tokenized into one folder, and its input again
 
 Checked: digests and sizes against the records, records against each other, pointers, document bounds and ends, every token id against
 the vocabulary, views against their sources and against what is held out, index caches against the views, leftovers.
@@ -32,7 +33,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "path", type=Path, metavar="PATH", help="data root, folder or manifest of a part of it, or .bin/.idx pair"
+        "path",
+        type=Path,
+        metavar="PATH",
+        help="data root, folder or manifest of a part of it, .bin/.idx pair, or folder of such pairs",
     )
     parser.add_argument("--workers", type=int, metavar="N", help="files read at the same time (default: one per core)")
     parser.add_argument(
@@ -73,6 +77,8 @@ def show(verification: Verification, seconds: float) -> None:
             last = finding.file
         line(f"  {finding.what}: expected {finding.expected}, found {finding.found}", "red")
         line(f"    {finding.remedy}")
+    for note in verification.notes:
+        line(f"not verified: {note}", "yellow")
     files = len({finding.file for finding in verification.findings})
     number = len(verification.findings)
     outcome = "nothing found" if not number else f"{number} finding{'s' * (number != 1)} in {files} file{'s' * (files != 1)}"

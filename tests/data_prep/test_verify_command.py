@@ -13,7 +13,7 @@ from data_prep.files import record_file, write_json
 from data_prep.indexed import bin_path, idx_path
 from data_prep.manifest import HeldoutManifest, heldout_path
 from data_prep.records import TokenizedRecord
-from data_prep.verify import verify
+from data_prep.verify import inspect, verify
 from launchers import verify_command
 from tests.data_prep.verifying import files_of, finding, flip, pair, sign_again
 
@@ -67,6 +67,40 @@ def test_the_output_of_tokenizing(prepared, tmp_path):
     assert finding(verify(tmp_path / "out", full=True), "in.jsonl").found == "no such file"
     (tmp_path / "out.shards").mkdir()
     assert finding(verify(tmp_path / "out.bin"), "out.shards").found == "left by a run that was killed"
+
+
+def test_a_damaged_record_is_not_taken_for_none(tmp_path):
+    prefix = pair(tmp_path, [[1, 2, 0], [3, 0]], vocab_size=4, eod_id=0)
+    whole = (tmp_path / "own.json").read_bytes()
+    for damaged in (whole[:-9], b"", whole.replace(b"quarry.tokens/1", b"puarry.tokens/1")):
+        (tmp_path / "own.json").write_bytes(damaged)
+        assert "run the same `quarry tokenize` again" in finding(verify(prefix), "own.json", "record").remedy
+    (tmp_path / "own.json").write_text('{"of": "somebody else"}')
+    verification = inspect(prefix)
+    assert (verification.findings, len(verification.notes)) == ([], 1)
+    assert verification.notes[0].startswith("own: no record of `quarry tokenize` beside it")
+
+
+def test_a_folder_of_pairs(tmp_path):
+    """Named as in the examples, and not the tokens/ of a data root."""
+    from data_prep.merge import file_xxh3
+
+    prefix = pair(tmp_path / "tokens", [[1, 2, 0], [3, 0]])
+    (tmp_path / "text.jsonl").write_text("text")
+    piece = {"file": 0, "start": 0, "end": 4, "xxh3": file_xxh3(tmp_path / "text.jsonl")}
+    pair(
+        tmp_path / "tokens", [[1, 2, 0], [3, 0]], vocab_size=4, files=[{"path": str(tmp_path / "text.jsonl")}], shards=[[piece]]
+    )
+    for suffix in (".bin", ".idx"):
+        shutil.copy(prefix.with_suffix(suffix), tmp_path / "tokens" / f"other{suffix}")
+    assert verify(tmp_path / "tokens", full=True) == []
+    flip(tmp_path / "text.jsonl", 0)
+    flip(tmp_path / "tokens" / "own.bin", 2)
+    (tmp_path / "tokens" / "other.bin").write_bytes(b"")
+    (tmp_path / "tokens" / "third.shards").mkdir()
+    found = verify(tmp_path / "tokens", full=True)
+    assert files_of(found) == {str(tmp_path / "text.jsonl"), "own.bin", "other.idx", "third.shards"}
+    assert not any("quarry prep" in f.remedy for f in found if f.file != str(tmp_path / "text.jsonl"))
 
 
 def test_joined_repositories(root):

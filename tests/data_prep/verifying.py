@@ -70,6 +70,7 @@ def cache(root, phase="first"):
 def pair(folder, texts, vocab=1000, **record):
     from data_prep.indexed import Writer
 
+    folder.mkdir(exist_ok=True)
     with Writer(folder / "own", vocab) as writer:
         for tokens in texts:
             writer.add(np.array(tokens))
