@@ -302,3 +302,6 @@ def _patch_megatron() -> None:
     # change them; there is nothing to warm up here.
     megatron_training.set_jit_fusion_options = _const(None)
     inference_communication._is_cuda = _const(None)  # asserts tensor.is_cuda
+    from training import cpu_rope  # imports Megatron
+
+    cpu_rope.install()
