@@ -17,6 +17,7 @@ import pytest
 
 from data_prep.index_caches import cache_path, verify_cache
 from data_prep.manifest import MixtureManifest, mixture_path
+from recipes.job_options import Precision
 from tests.training.factory import STEPS, make_data, make_recipe, read_checkpoint, start, start_stage
 from training.handoff import latest_step
 from training.stage import run_torchrun
@@ -218,6 +219,27 @@ def test_handoff_keeps_weights_and_moments_bit_for_bit(base):
         assert tensor.equal(after[key]), key
         if key in moments:
             assert tensor.abs().max() > 0, f"{key} is zero: this proves nothing"
+
+
+def test_gradients_in_bf16_are_reduced_and_leave_no_trace_in_what_is_handed_on(base):
+    """Two data-parallel ranks over gloo, bf16 throughout, beside one rank in fp32. (That the buffers are in bf16:
+    tests/recipes/test_against_megatron.py.)"""
+    run = _made(base / "bf16-gradients")
+    recipe = make_recipe(base / "data", LAYOUTS["dp2"], "dp2")
+    first = {
+        "parallel": recipe.phase["second"].parallel,
+        "precision": Precision(name="bf16", dtype="bf16", gradients_dtype="bf16"),
+    }
+    phases = recipe.phase | {"first": recipe.phase["first"].model_copy(update=first)}
+    recipe.model_copy(update={"phase": phases}).write(run / "recipe.json")
+    assert start_stage(run, "first") == 0, (run / "log.txt").read_text()[-3000:]
+    bf16, fp32 = metrics(run, "first"), metrics(base / "base", "first")
+    for ours, theirs in zip(bf16, fp32, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.02)
+    bf16, fp32 = (read_checkpoint(folder / "stages" / "first") for folder in (run, base / "base"))
+    state = {key: (tensor.shape, tensor.dtype) for key, tensor in bf16.items() if key.startswith("optimizer.")}
+    assert state == {key: (tensor.shape, tensor.dtype) for key, tensor in fp32.items() if key.startswith("optimizer.")}
 
 
 @pytest.mark.parametrize("victim", ["code.bin", "web.idx"])
