@@ -25,6 +25,30 @@ VOCAB_SIZE = 256
 FIRST = {"steps": 8, "seq_length_tokens": 64, "global_batch_samples": 16, "rope_base": 10000.0}
 SECOND = {"steps": STEPS, "seq_length_tokens": 128, "global_batch_samples": 8, "rope_base": 50000.0}
 SHARES = {"first": {"web": 70.0, "code": 30.0}, "second": {"web": 25.0, "code": 75.0}}
+MODEL = {
+    "name": "test",
+    "num_layers": 4,
+    "hidden_size": 64,
+    "ffn_hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "head_dim": 16,
+    "vocab_size": VOCAB_SIZE,
+    "tied_embeddings": True,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 1 / 16,
+    "logits_scaling": 2.0,
+    "norm_epsilon": 1e-5,
+    "init_std": 0.05,
+    # narrower than the model: muP's learning-rate groups are part of what is handed off
+    "mup_base_hidden_size": 32,
+    "released_rope_base": 1e4,
+    "released_max_position_tokens": 128,
+    "published_parameters": None,
+}
+OPTIMIZER = {"beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1, "clip_grad_norm": 1.0}
+CLUSTER = {"kind": "local", "name": "local", "gpu": "cpu", "gpus_per_node": 4, "runs_root": "runs"}
 
 
 def make_recipe(data_root, layout, layout_name, **second_phase):
@@ -53,29 +77,8 @@ def make_recipe(data_root, layout, layout_name, **second_phase):
                 "first": phase("first", FIRST, {"name": "single", "gpus": 1}, {"kind": "constant", "start_lr": 4e-3}),
                 "second": {**phase("second", SECOND, {"name": layout_name, **layout}, linear), **second_phase},
             },
-            "model": {
-                "name": "test",
-                "num_layers": 4,
-                "hidden_size": 64,
-                "ffn_hidden_size": 128,
-                "num_attention_heads": 4,
-                "num_query_groups": 2,
-                "head_dim": 16,
-                "vocab_size": VOCAB_SIZE,
-                "tied_embeddings": True,
-                "embedding_multiplier": 12.0,
-                "residual_multiplier": 0.7,
-                "attention_multiplier": 1 / 16,
-                "logits_scaling": 2.0,
-                "norm_epsilon": 1e-5,
-                "init_std": 0.05,
-                # narrower than the model: muP's learning-rate groups are part of what is handed off
-                "mup_base_hidden_size": 32,
-                "released_rope_base": 1e4,
-                "released_max_position_tokens": 128,
-                "published_parameters": None,
-            },
-            "optimizer": {"beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1, "clip_grad_norm": 1.0},
+            "model": MODEL,
+            "optimizer": OPTIMIZER,
             "data": {
                 "name": "generated",
                 "root": str(data_root),
@@ -87,7 +90,7 @@ def make_recipe(data_root, layout, layout_name, **second_phase):
                 "heldout_seq_length_tokens": 64,
                 "max_epochs": 4.0,
             },
-            "cluster": {"kind": "local", "name": "local", "gpu": "cpu", "gpus_per_node": 4, "runs_root": "runs"},
+            "cluster": CLUSTER,
         }
     )
 

@@ -20,31 +20,12 @@ from data_prep.manifest import HeldoutManifest, HeldoutSet, TokenizerRecord, hel
 from data_prep.sft import prepare_sft
 from data_prep.special_tokens import END, PAD, ROLES
 from recipes.schema import Recipe
+from tests.training import factory
 
 VOCAB_SIZE = 288
 """Rows of the model; the tokenizer has 260 entries."""
 LENGTH = 128
-MODEL = {
-    "name": "test",
-    "num_layers": 4,
-    "hidden_size": 64,
-    "ffn_hidden_size": 128,
-    "num_attention_heads": 4,
-    "num_query_groups": 2,
-    "head_dim": 16,
-    "vocab_size": VOCAB_SIZE,
-    "tied_embeddings": True,
-    "embedding_multiplier": 12.0,
-    "residual_multiplier": 0.7,
-    "attention_multiplier": 1 / 16,
-    "logits_scaling": 2.0,
-    "norm_epsilon": 1e-5,
-    "init_std": 0.05,
-    "mup_base_hidden_size": 32,
-    "released_rope_base": 1e4,
-    "released_max_position_tokens": LENGTH,
-    "published_parameters": None,
-}
+MODEL = factory.MODEL | {"vocab_size": VOCAB_SIZE}
 
 
 def write_tokenizer(folder):
@@ -116,7 +97,7 @@ def make_recipe(root, layout=None, **changes):
             "phase": {},
             "sft": {"warm": at_home(stage(epochs=1, peak_lr=1e-2)), "sft": at_home(stage(layout, **changes))},
             "model": MODEL,
-            "optimizer": {"beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1, "clip_grad_norm": 1.0},
+            "optimizer": factory.OPTIMIZER,
             "data": {
                 "name": "generated",
                 "root": str(root / "data"),
@@ -128,7 +109,7 @@ def make_recipe(root, layout=None, **changes):
                 "heldout_seq_length_tokens": 64,
                 "max_epochs": 4.0,
             },
-            "cluster": {"kind": "local", "name": "local", "gpu": "cpu", "gpus_per_node": 4, "runs_root": "runs"},
+            "cluster": factory.CLUSTER,
         }
     )
 
