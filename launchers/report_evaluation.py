@@ -11,6 +11,7 @@ from launchers import text
 from launchers.jsonl import Row, finite, read_json
 from launchers.progress import RunProgress
 from launchers.report_posttrain import Section
+from recipes.needle_table import TITLE, needle_table
 
 FORMAT = "quarry.evaluation/1"
 SIZES = ("3B", "8B", "30B")
@@ -92,24 +93,7 @@ def _heldout(heldout: Row | None) -> str:
 def _needle(needle: Row | None) -> str:
     if not needle:
         return ""
-    depths = needle["options"]["depths_percent"]
-    lines = []
-    for length in needle["by_length"]:
-        cells = {c["depth_percent"]: c for c in needle["cells"] if c["length_tokens"] == length["length_tokens"]}
-        lines.append(
-            [
-                str(length["length_tokens"]),
-                *(f"{100 * cells[d]['ranked_first']:.0f}" if d in cells else "-" for d in depths),
-                f"{100 * length['ranked_first']:.1f} ± {100 * length['ranked_first_stderr']:.1f}",
-                f"{100 * length['generated']:.1f}",
-            ]
-        )
-    headings = ("tokens", *(f"depth {d:g} %" for d in depths), "answer ranked first, %", "generated, %")
-    note = (
-        f"Chance of ranking the answer first: {100 * needle['chance_ranked_first']:.1f} %. Not RULER, and not comparable with published "
-        "numbers."
-    )
-    return _table("Retrieval of one fact among others", headings, lines, note)
+    return _table(TITLE, *needle_table(needle))
 
 
 def _table(title: str, headings: Sequence[str], lines: Sequence[Sequence[Any]], note: str, left: Sequence[int] = (0,)) -> str:

@@ -91,7 +91,7 @@ def results(**changes: Any) -> dict[str, Any]:
     absent = {**ROW, "title": "RULER", "ours_percent": None, "comparable": "none", "note": "not measured: needs a judge"}
     needle = {
         "options": {"depths_percent": [0.0, 100.0]},
-        "by_length": [{"length_tokens": 128, "ranked_first": 0.5, "ranked_first_stderr": 0.1, "generated": 0.25}],
+        "by_length": [{"length_tokens": 128, "ranked_first": 0.5, "ranked_first_stderr": 0.1, "generated": 0.25, "count": 8}],
         "cells": [{"length_tokens": 128, "depth_percent": 0.0, "ranked_first": 0.75}],
         "chance_ranked_first": 0.125,
     }
@@ -124,7 +124,7 @@ def test_evaluation_beside_the_published_numbers(harness: Any, place: str) -> No
     assert cells(page, "RULER")[1:5] == ["-", "", "", ""]
     assert "not measured: needs a judge" in seen.text
     assert "They agree: at most 1.00e-06 nats" in seen.text
-    assert cells(page, "128")[1:] == ["75", "-", "50.0 ± 10.0", "25.0"]
+    assert cells(page, "128")[1:] == ["75", "-", "50.0 ± 10.0", "25.0", "8"]
     assert "12.5 %" in seen.text
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from recipes.needle_table import TITLE, needle_table
 from training.evaluation.suite import SIZES, Suite
 
 COMPARABLE = {
@@ -106,23 +107,6 @@ def _heldout_lines(heldout: dict[str, Any]) -> list[list[str]]:
     return [[c, f"{mine[c]:.6f}" if c in mine else "-", f"{theirs[c]:.6f}"] for c in theirs]
 
 
-def _needle_lines(needle: dict[str, Any]) -> list[list[str]]:
-    depths = needle["options"]["depths_percent"]
-    lines = []
-    for length in needle["by_length"]:
-        cells = {c["depth_percent"]: c for c in needle["cells"] if c["length_tokens"] == length["length_tokens"]}
-        lines.append(
-            [
-                str(length["length_tokens"]),
-                *(f"{100 * cells[d]['ranked_first']:.0f}" for d in depths),
-                f"{100 * length['ranked_first']:.1f} ± {100 * length['ranked_first_stderr']:.1f}",
-                f"{100 * length['generated']:.1f}",
-                str(length["count"]),
-            ]
-        )
-    return lines
-
-
 def sections(results: dict[str, Any]) -> list[tuple[str, Sequence[str], list[list[str]], str]]:
     """(title, headings, lines, note) of each table of results.json."""
     out: list[tuple[str, Sequence[str], list[list[str]], str]] = []
@@ -137,18 +121,7 @@ def sections(results: dict[str, Any]) -> list[tuple[str, Sequence[str], list[lis
             ("Held-out loss, nats per token", ("category", "Megatron", "transformers"), _heldout_lines(heldout), f"{note}.")
         )
     if (needle := results.get("needle")) is not None:
-        headings = (
-            "length, tokens",
-            *(f"depth {d:g} %" for d in needle["options"]["depths_percent"]),
-            "answer ranked first, %",
-            "generated, %",
-            "texts",
-        )
-        note = (
-            f"Chance of ranking the answer first: {100 * needle['chance_ranked_first']:.1f} %; of generating it: about 0. "
-            "Not RULER, and not comparable with published numbers."
-        )
-        out.append(("Retrieval of one fact among others", headings, _needle_lines(needle), note))
+        out.append((TITLE, *needle_table(needle)))
     for suite in dict.fromkeys(row["suite"] for row in results["benchmarks"]):
         lines = [_cells(Row(**row)) for row in results["benchmarks"] if row["suite"] == suite]
         by = next((row["published_by"] for row in results["benchmarks"] if row["suite"] == suite), "")
