@@ -83,8 +83,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
+    from launchers.run_arguments import RUNS_ROOT
     from launchers.runs import default_name, find_run
-    from launchers.status import RUNS_ROOT
     from recipes.compose import compose
     from recipes.lint import check
     from recipes.schema import Recipe

@@ -10,17 +10,16 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launchers.errors import LaunchError
+from launchers.run_arguments import add_run, add_runs_root
 
 if TYPE_CHECKING:
     from launchers.journal import Journal
     from launchers.jsonl import Row
     from launchers.runs import RunFolder
 
-RUNS_ROOT = Path("runs")
 POLL_SECONDS = 0.1
 SAY_SECONDS = 10.0
 """Between two lines while a stage saves."""
@@ -41,9 +40,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", metavar="RUN", help="name of a run, or its folder")
+    add_run(parser)
     parser.add_argument("--kill", action="store_true", help="do not let the stage save")
-    parser.add_argument("--runs-root", type=Path, default=RUNS_ROOT, metavar="DIR", help="folder of the runs (default: runs)")
+    add_runs_root(parser)
     return parser
 
 

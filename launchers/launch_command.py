@@ -60,8 +60,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     from launchers.chain import Launch
     from launchers.errors import LaunchError
+    from launchers.run_arguments import RUNS_ROOT
     from launchers.runs import find_run
-    from launchers.status import RUNS_ROOT
     from recipes.compose import compose
     from recipes.lint import check
     from recipes.logging_options import missing_package

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from launchers.errors import LaunchError
+from launchers.run_arguments import add_run, add_runs_root
 
-RUNS_ROOT = Path("runs")
 DEFAULT_LINES = 200
 POLL_SECONDS = 0.2
 LIVE_CHECK_SECONDS = 2.0
@@ -41,7 +41,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", metavar="RUN", help="name of a run, or its folder")
+    add_run(parser)
     parser.add_argument("stage", metavar="STAGE", help="a stage, or `data` for the preparation of the data")
     parser.add_argument("--rank", type=int, metavar="N", help="only what this rank printed")
     parser.add_argument("--attempt", type=int, metavar="N", help="only this start of the stage, from 1")
@@ -49,7 +49,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--lines", type=int, default=DEFAULT_LINES, metavar="N", help="the last N lines; 0: all (default: %(default)s)"
     )
     parser.add_argument("--follow", "-f", action="store_true", help="go on until the stage ends")
-    parser.add_argument("--runs-root", type=Path, default=RUNS_ROOT, metavar="DIR", help="folder of the runs (default: runs)")
+    add_runs_root(parser)
     return parser
 
 

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launchers.status import RUNS_ROOT
+from launchers.run_arguments import add_run, add_runs_root
 
 if TYPE_CHECKING:
     from launchers.progress import RunProgress
@@ -67,11 +67,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", metavar="RUN", help="name of a run, or its folder")
+    add_run(parser)
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="where to write it (default: report.html in the run's folder)"
     )
-    parser.add_argument("--runs-root", type=Path, default=RUNS_ROOT, metavar="DIR", help="folder of the runs (default: runs)")
+    add_runs_root(parser)
     return parser
 
 

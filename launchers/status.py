@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from launchers.errors import LaunchError
+from launchers.run_arguments import add_run, add_runs_root
 
-RUNS_ROOT = Path("runs")
 EXIT_UNFINISHED_BADLY = 1
 WATCH_SECONDS = 0.2
 
@@ -31,9 +31,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", nargs="?", metavar="RUN", help="name of a run, or its folder")
+    add_run(parser, optional=True)
     parser.add_argument("--watch", action="store_true", help="go on until the run ends (Ctrl-C ends the watching only)")
-    parser.add_argument("--runs-root", type=Path, default=RUNS_ROOT, metavar="DIR", help="folder of the runs (default: runs)")
+    add_runs_root(parser)
     return parser
 
 
