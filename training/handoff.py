@@ -11,18 +11,22 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
 from data_prep.files import digest_of, write_json
 from data_prep.index_caches import verify_cache
-from data_prep.manifest import DataError, HeldoutManifest, MixtureManifest
+from data_prep.manifest import DataError, HeldoutManifest, MixtureManifest, TokenizerRecord
 from recipes.schema import Model, Recipe, Strict, describe
 from training.arguments import Load
 from training.files import compare_folder, digest_folder
+
+if TYPE_CHECKING:
+    from data_prep.sft_manifest import SftManifest
 
 FORMAT = "quarry.handoff/1"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -292,31 +296,50 @@ def _check_data(
     recipe: Recipe, stage: str, mixture: MixtureManifest, heldout: HeldoutManifest, verify_files: bool
 ) -> list[str]:
     phase = recipe.phase[stage]
-    problems = []
-    for key, expected, found in (
+    fields = (
         ("phase", stage, mixture.phase),
         ("seq_length_tokens", phase.seq_length_tokens, mixture.seq_length_tokens),
         ("samples", phase.samples, mixture.samples),
         ("seed", recipe.seed, mixture.seed),
-    ):
-        if expected != found:
-            problems.append(
-                f"the data of stage '{stage}' were prepared with {key} {found}, the recipe says {expected}; run `quarry prep` again"
-            )
-    if mixture.tokenizer.vocab_size > recipe.model.vocab_size:
-        problems.append(
-            f"the data's tokenizer has {mixture.tokenizer.vocab_size} entries, the model's vocab_size is {recipe.model.vocab_size}; "
-            "use a model with at least as many rows"
-        )
-    for manifest in (mixture, heldout) if verify_files else ():
-        try:
-            manifest.verify(Path(recipe.data.root))
-        except DataError as error:
-            problems.append(str(error))
+    )
+    problems = data_problems(
+        recipe, stage, fields, mixture.tokenizer, (mixture, heldout) if verify_files else (), remedy="run `quarry prep` again"
+    )
     try:
         verify_cache(Path(recipe.data.root), mixture, read_files=verify_files)
     except DataError as error:
         problems.append(str(error))
+    return problems
+
+
+def data_problems(
+    recipe: Recipe,
+    stage: str,
+    fields: Iterable[tuple[str, Any, Any]],
+    tokenizer: TokenizerRecord,
+    manifests: Iterable[MixtureManifest | HeldoutManifest | SftManifest],
+    *,
+    remedy: str,
+) -> list[str]:
+    """What is wrong with data that a stage has been given, one sentence each.
+
+    `fields`: (key, what the recipe says, what the data were prepared with). The files of `manifests` are read and compared with their digests.
+    """
+    problems = [
+        f"the data of stage '{stage}' were prepared with {key} {found}, the recipe says {expected}; {remedy}"
+        for key, expected, found in fields
+        if expected != found
+    ]
+    if tokenizer.vocab_size > recipe.model.vocab_size:
+        problems.append(
+            f"the data's tokenizer has {tokenizer.vocab_size} entries, the model's vocab_size is {recipe.model.vocab_size}; "
+            "use a model with at least as many rows"
+        )
+    for manifest in manifests:
+        try:
+            manifest.verify(Path(recipe.data.root))
+        except DataError as error:
+            problems.append(str(error))
     return problems
 
 

@@ -22,7 +22,7 @@ from recipes.sft_stage import as_phase
 from training import fast_import, one_rank
 from training.arguments import Load, compile_phase
 from training.exit_codes import FINISHED
-from training.handoff import Drawn, Handoff, Refused, decide, predecessor, write_start
+from training.handoff import Drawn, Handoff, Refused, data_problems, decide, predecessor, write_start
 from training.loss_gate import evaluate_through_gate
 from training.pretrain import write_model_json
 
@@ -107,33 +107,20 @@ def _data_digest(recipe: Recipe, stage: str, manifest: SftManifest) -> str:
 def check_data(recipe: Recipe, stage: str, manifest: SftManifest, heldout: HeldoutManifest, *, verify_files: bool) -> list[str]:
     """What is wrong with the data of `stage` for this recipe, one sentence each."""
     sft, remedy = recipe.sft[stage], f"run `python -m data_prep.sft --recipe recipe.json --stage {stage}` again"
-    problems = []
-    for key, expected, found in (
+    fields = (
         ("stage", stage, manifest.stage),
         ("seq_length_tokens", sft.seq_length_tokens, manifest.seq_length_tokens),
         ("too_long", sft.too_long, manifest.too_long),
         ("sources", sorted(sft.sources), sorted(manifest.sources)),
-    ):
-        if expected != found:
-            problems.append(
-                f"the data of stage '{stage}' were prepared with {key} {found}, the recipe says {expected}; {remedy}"
-            )
+    )
+    manifests = (manifest, heldout) if verify_files else ()
+    problems = data_problems(recipe, stage, fields, manifest.tokenizer, manifests, remedy=remedy)
     pieces = 2 * sft.parallel.context if sft.parallel.context > 1 else 1
     if manifest.multiple_tokens % pieces:
         problems.append(
             f"the samples of stage '{stage}' take up multiples of {manifest.multiple_tokens} tokens, context parallelism of "
             f"{sft.parallel.context} cuts each into {pieces} pieces; {remedy}, or resume in a layout that divides them"
         )
-    if manifest.tokenizer.vocab_size > recipe.model.vocab_size:
-        problems.append(
-            f"the data's tokenizer has {manifest.tokenizer.vocab_size} entries, the model's vocab_size is {recipe.model.vocab_size}; "
-            "use a model with at least as many rows"
-        )
-    for data in (manifest, heldout) if verify_files else ():
-        try:
-            data.verify(Path(recipe.data.root))
-        except DataError as error:
-            problems.append(str(error))
     return problems
 
 
