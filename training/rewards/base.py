@@ -39,12 +39,6 @@ class Sample(BaseModel):
     domain: str = "default"
     metadata: dict[str, JsonValue] = {}
 
-    @property
-    def prompt_text(self) -> str:
-        """The last user turn, or the last turn where no user speaks; '' without a prompt."""
-        turns = [m for m in self.prompt if m.role == "user"] or list(self.prompt)
-        return turns[-1].content if turns else ""
-
 
 class Score(BaseModel):
     """A value in [0, 1] and why. `failed`: the reward itself broke (crash, time-out, unreachable judge); the value is then 0."""
