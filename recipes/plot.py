@@ -77,14 +77,6 @@ class TokenAxis:
         left, right = self.span(stage)
         return left + (right - left) * stage_tokens / self.tokens[self.stages.index(stage)]
 
-    def x_total(self, total_tokens: float) -> float:
-        """Position of the moment after `total_tokens` tokens of the curriculum."""
-        for stage, tokens in zip(self.stages, self.tokens, strict=True):
-            if total_tokens <= tokens:
-                return self.x(stage, total_tokens)
-            total_tokens -= tokens
-        return 1.0
-
 
 def category_color(category: str, known: list[str]) -> str:
     """The color of a category; those that a team adds take theirs in the order of `known`."""

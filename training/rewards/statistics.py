@@ -58,14 +58,6 @@ class DomainStatistics:
         }
 
 
-def summarize(pairs: Iterable[tuple[str, Score]]) -> dict[str, dict[str, Any]]:
-    """Summary per domain of (domain, score) pairs."""
-    domains: dict[str, DomainStatistics] = {}
-    for domain, score in pairs:
-        domains.setdefault(domain, DomainStatistics()).add(score)
-    return {domain: statistics.summary() for domain, statistics in sorted(domains.items())}
-
-
 class FailureGuard:
     """Stops a run when the share of failed scores among a domain's last samples is above a limit."""
 

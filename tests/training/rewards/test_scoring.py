@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.training.rewards.helpers import quick
 from training.rewards import DomainPlan, Part, RewardError, RewardPlan, Rewards, Sample, Score, TooManyFailures
 from training.rewards.formats import Format, FormatOptions
-from training.rewards.statistics import FailureGuard, summarize
+from training.rewards.statistics import DomainStatistics, FailureGuard
 
 BEHAVE = "tests.training.rewards.broken:Behave"
 
@@ -191,7 +191,10 @@ def test_a_domain_without_rewards_is_refused():
 @given(st.lists(unit, min_size=1, max_size=30), st.integers(0, 3))
 def test_statistics_agree_with_the_standard_library(values, failures):
     scores = [Score(value=v) for v in values] + [Score.failure("x")] * failures
-    summary = summarize(("a", s) for s in scores)["a"]
+    statistics = DomainStatistics()
+    for score in scores:
+        statistics.add(score)
+    summary = statistics.summary()
     assert summary["samples"] == len(scores)
     assert summary["failures"] == failures
     assert summary["mean"] == pytest.approx(reference.fmean(values), abs=1e-12)
