@@ -42,18 +42,6 @@ def tokens_needed(data: Data) -> int:
     return data.heldout_batch_samples * data.heldout_seq_length_tokens + 1
 
 
-def current_heldout(data_root: Path, inputs: str, seen: dict[Path, str]) -> bool:
-    """Whether the held-out sets were made from `inputs` and their files are intact."""
-    try:
-        manifest = HeldoutManifest.read(heldout_path(data_root))
-        if manifest.inputs != inputs:
-            return False
-        manifest.verify(data_root, seen=seen)
-    except DataError:
-        return False
-    return True
-
-
 def build_heldout(
     data_root: Path, data: Data, records: Mapping[str, TokenizedRecord], tokenizer: TokenizerRecord
 ) -> HeldoutManifest:

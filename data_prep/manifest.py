@@ -10,7 +10,7 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import AfterValidator, Field, ValidationError
 
 from data_prep.errors import DataError
 from data_prep.files import FileRecord, Sha256, Strict, digest_of, verify_file, write_json
@@ -19,6 +19,17 @@ __all__ = ["DataError", "HeldoutManifest", "HeldoutSet", "MixtureManifest", "Tok
 
 Count = Annotated[int, Field(ge=0)]
 REMEDY = "prepare it again with `quarry prep`"
+
+
+def _inside(value: str) -> str:
+    path = PurePosixPath(value)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"prefix '{value}' leaves the data root")
+    return value
+
+
+Prefix = Annotated[str, AfterValidator(_inside)]
+"""Path of a pair of files without .bin/.idx, relative to the data root, and below it."""
 
 
 class TokenizerRecord(Strict):
@@ -47,21 +58,12 @@ class TokenizerRecord(Strict):
 class TokenFiles(Strict):
     """A .bin/.idx pair as recorded."""
 
-    prefix: str
-    """Path without .bin/.idx, relative to the data root."""
+    prefix: Prefix
     documents: Count
     max_token_id: Annotated[int, Field(ge=-1)]
     dtype: Literal["uint16", "int32"]
     bin: FileRecord
     idx: FileRecord
-
-    @field_validator("prefix")
-    @classmethod
-    def _inside(cls, value: str) -> str:
-        path = PurePosixPath(value)
-        if path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"prefix '{value}' leaves the data root")
-        return value
 
     def verify_files(self, data_root: Path, tokens: int, vocab_size: int, *, full: bool, seen: dict[Path, str]) -> None:
         """Digests, pointers inside the .bin, counts, dtype and token ids; DataError names the file and what differs."""
@@ -194,6 +196,20 @@ class HeldoutManifest(Signed):
         self.tokenizer.verify(data_root)
         for held in self.categories.values():
             held.verify_files(data_root, held.tokens, self.tokenizer.vocab_size, full=full, seen=seen)
+
+
+def is_current(
+    kind: type[MixtureManifest] | type[HeldoutManifest], path: Path, data_root: Path, inputs: str, seen: dict[Path, str]
+) -> bool:
+    """Whether the manifest at `path` was made from `inputs` and its files are intact; `seen` as in `verify`."""
+    try:
+        manifest = kind.read(path)
+        if manifest.inputs != inputs:
+            return False
+        manifest.verify(data_root, seen=seen)
+    except DataError:
+        return False
+    return True
 
 
 def mixture_path(data_root: Path, phase: str) -> Path:

@@ -12,9 +12,9 @@ from data_prep import corpus, plan, split, tokenizer, views
 from data_prep.concatenate import concatenate
 from data_prep.errors import DataError
 from data_prep.files import exclusive_lock, remove_leftovers
-from data_prep.heldout import build_heldout, current_heldout, heldout_inputs, tokens_needed
+from data_prep.heldout import build_heldout, heldout_inputs, tokens_needed
 from data_prep.indexed import bin_path
-from data_prep.manifest import TokenizerRecord
+from data_prep.manifest import HeldoutManifest, TokenizerRecord, heldout_path, is_current
 from data_prep.overlap import refuse_overlaps, refuse_same_content
 from data_prep.progress import Progress, Silent
 from data_prep.records import TokenizedRecord
@@ -225,7 +225,7 @@ def _heldout(
     progress: Progress,
     seen: dict[Path, str],
 ) -> None:
-    if not current_heldout(root, heldout_inputs(recipe.data, records, description), seen):
+    if not is_current(HeldoutManifest, heldout_path(root), root, heldout_inputs(recipe.data, records, description), seen):
         with progress.step("held-out sets", None):
             build_heldout(root, recipe.data, records, description)
 

@@ -14,16 +14,16 @@ layout costs seconds; the tokens of a file are made once.
 from __future__ import annotations
 
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from data_prep.errors import DataError
 from data_prep.files import FileRecord, Sha256, Strict, verify_file
 from data_prep.indexed import Index, bin_path, idx_path
-from data_prep.manifest import Count, Signed, TokenizerRecord
+from data_prep.manifest import Count, Prefix, Signed, TokenizerRecord
 from data_prep.sft_packing import padded
 
 REMEDY = "prepare it again with `python -m data_prep.sft`"
@@ -53,8 +53,7 @@ class SampleFile(Strict):
     input: str
     """Path as it was found."""
     input_sha256: Sha256
-    prefix: str
-    """Below the data root."""
+    prefix: Prefix
     read: Count
     """Lines or rows that were looked at."""
     samples: Count
@@ -67,14 +66,6 @@ class SampleFile(Strict):
     """Digest of input, tokenizer, chat template and rules; equal inputs need no new rendering."""
     files: dict[str, FileRecord]
     """Suffix -> record."""
-
-    @field_validator("prefix")
-    @classmethod
-    def _inside(cls, value: str) -> str:
-        path = PurePosixPath(value)
-        if path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"prefix '{value}' leaves the data root")
-        return value
 
 
 class Packs(Strict):

@@ -23,7 +23,7 @@ from data_prep.deal import Hasher, Piece, blocks
 from data_prep.errors import DataError
 from data_prep.files import FileRecord, digest_of, record_file, replace_symlink, write_json
 from data_prep.indexed import bin_path, idx_path, index_writer
-from data_prep.manifest import MixtureManifest, TokenizerRecord, ViewSource, mixture_path
+from data_prep.manifest import MixtureManifest, TokenizerRecord, ViewSource, is_current, mixture_path
 from data_prep.plan import PARALLEL_DOCUMENTS, Draw, Plan, make_plan, phase_inputs, phases_of
 from data_prep.progress import Progress
 from data_prep.records import TokenizedRecord
@@ -51,18 +51,6 @@ def view_inputs(recipe: Recipe, phase: str, records: Mapping[str, TokenizedRecor
     return digest_of({"plan": phase_inputs(recipe, phase, digests), "tokenizer": tokenizer.model_dump(mode="json")})
 
 
-def current_view(data_root: Path, phase: str, inputs: str, seen: dict[Path, str]) -> bool:
-    """Whether the views of `phase` were made from `inputs` and their files are intact."""
-    try:
-        manifest = MixtureManifest.read(mixture_path(data_root, phase))
-        if manifest.inputs != inputs:
-            return False
-        manifest.verify(data_root, seen=seen)
-    except DataError:
-        return False
-    return True
-
-
 def update_views(
     data_root: Path,
     recipe: Recipe,
@@ -78,7 +66,11 @@ def update_views(
     DataError with all refusals, one a line, before anything is written. With nothing to do the plan of before stands.
     """
     inputs = {phase: view_inputs(recipe, phase, records, tokenizer) for phase in phases_of(recipe)}
-    todo = [phase for phase in inputs if not current_view(data_root, phase, inputs[phase], seen)]
+    todo = [
+        phase
+        for phase in inputs
+        if not is_current(MixtureManifest, mixture_path(data_root, phase), data_root, inputs[phase], seen)
+    ]
     decided_by = digest_of({"views": inputs, "max_epochs": recipe.data.max_epochs, "sources": sorted(records)})
     if not todo and _planned_with(data_root) == decided_by:
         return
