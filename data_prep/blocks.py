@@ -34,6 +34,8 @@ LONG_LINE_BYTES = 1 << 20
 """Longer lines are encoded apart (in pieces where that is exact): one thread encodes a line, and its memory grows with it."""
 SHARD_BYTES = 1 << 30
 """What is done again after a kill, at most, per process: seconds of work."""
+THREADS_PER_PROCESS = 8
+"""One process reads, checks and writes about as fast as eight threads encode; more workers are more processes."""
 PACKED_WEIGHT = 3
 """Bytes of text per byte of a packed file, roughly; only how much makes a shard depends on it."""
 MAX_BAD_LINES = 10_000

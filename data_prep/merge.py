@@ -11,16 +11,14 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 
 from data_prep.blocks import Piece, xxh3
 from data_prep.indexed import index_writer
 from data_prep.shards import stem, xxh3_of
-
-if TYPE_CHECKING:
-    from data_prep.tokens_record import PieceRecord, ShardRecord
+from data_prep.tokens_record import PieceRecord, ShardRecord
 
 READ_BYTES = 4 << 20
 COPY_BYTES = 1 << 30
@@ -75,10 +73,8 @@ class Merge:
     def _read(self, number: int, unchanged: Callable[[PieceRecord, Piece], bool]) -> ShardRecord | None:
         if not stem(self.folder, number).with_suffix(".json").exists():
             return None
-        from data_prep.tokens_record import ShardRecord
-
         try:
-            record = ShardRecord.model_validate_json(stem(self.folder, number).with_suffix(".json").read_bytes())
+            record = ShardRecord.from_json(stem(self.folder, number).with_suffix(".json").read_bytes())
             lengths = stem(self.folder, number).with_suffix(".lengths").read_bytes()
             bad = stem(self.folder, number).with_suffix(".bad.jsonl").read_bytes()
         except (FileNotFoundError, ValueError):

@@ -13,9 +13,9 @@ import struct
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from data_prep import blocks
 from data_prep.blocks import Block, BlockReader, Buffer, Piece, Stopped
@@ -24,6 +24,11 @@ from data_prep.text_files import Reason
 
 FROM_BYTES = 32 << 20
 """Less input is read by a thread: the start of a process costs as much as it saves then."""
+BLOCKS_AHEAD = 16
+"""Buffers, 64 MB."""
+BLOCKS_ONCE = 24
+"""More of them while the tokenizer is loaded (a third of a second), which leaves all but one core idle; 96 MB that the words of the
+blocks encoded take later."""
 HEADER = struct.Struct("<Q")
 # Without `site`, which takes as long as everything else of the start; the paths are the parent's.
 PROGRAM = "import sys, marshal; spec = marshal.loads(sys.stdin.buffer.read()); sys.path[:] = spec['path']; " + (
@@ -34,6 +39,9 @@ PROGRAM = "import sys, marshal; spec = marshal.loads(sys.stdin.buffer.read()); s
 class Reader(Protocol):
     """Blocks of a shard's pieces in order; Stopped after stop(). `digests` and `lines` of each piece are complete after the last one."""
 
+    pieces: list[Piece]
+    text_key: str
+    as_text: bool
     digests: list[str]
     lines: list[int]
 
@@ -50,21 +58,63 @@ class Reader(Protocol):
     def close(self) -> None: ...
 
 
-def open_reader(pieces: list[Piece], text_key: str, buffers: int, *, as_text: bool) -> Reader:
-    """A reader of the pieces with that many blocks in memory, in a process of its own where there is much to read."""
-    if sum(piece.end - piece.start for piece in pieces) < FROM_BYTES:
+def reads_apart(pieces: list[Piece]) -> bool:
+    """Whether there is so much to read that a process of its own is worth its start."""
+    return sum(piece.end - piece.start for piece in pieces) >= FROM_BYTES
+
+
+def open_reader(pieces: list[Piece], text_key: str, buffers: int, *, as_text: bool, once: int = 0) -> Reader:
+    """A reader of the pieces with that many blocks in memory, in a process of its own (which reads `once` more before) for much."""
+    if not reads_apart(pieces):
         return BlockReader(pieces, text_key, [Buffer(blocks.BLOCK_BYTES) for _ in range(buffers)], as_text=as_text)
-    return ReadingProcess(pieces, text_key, buffers, as_text=as_text)
+    return ReadingProcess(pieces, text_key, buffers, as_text=as_text, once=once)
+
+
+class Early:
+    """A reader that was started before all was known of the job; a context manager that ends it unless it was taken."""
+
+    def __init__(self, reader: Reader | None = None) -> None:
+        self._reader = reader
+
+    @classmethod
+    def start(cls, paths: Sequence[Path], text_key: str, *, as_text: bool = False) -> Early:
+        """Begin with the first shard of `paths`, where it is large. What is wrong with a file is found out later, and said then."""
+        try:
+            shards = blocks.plan_shards([(str(path), path.stat().st_size) for path in paths])
+        except OSError:
+            return cls()
+        if not shards or not reads_apart(shards[0]):
+            return cls()
+        return cls(ReadingProcess(shards[0], text_key, BLOCKS_AHEAD, as_text=as_text, once=BLOCKS_ONCE))
+
+    def take(self, pieces: list[Piece], text_key: str, *, as_text: bool) -> Reader | None:
+        """The reader, when it reads just these pieces in this way; it is the caller's then."""
+        reader = self._reader
+        if reader is None or (reader.pieces, reader.text_key, reader.as_text) != (pieces, text_key, as_text):
+            return None
+        self._reader = None
+        return reader
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._reader is not None:
+            self._reader.close()
 
 
 class ReadingProcess:
     """The parent's side."""
 
-    def __init__(self, pieces: list[Piece], text_key: str, buffers: int, *, as_text: bool) -> None:
+    def __init__(self, pieces: list[Piece], text_key: str, buffers: int, *, as_text: bool, once: int = 0) -> None:
+        """`buffers` blocks are read ahead, and in the beginning `once` more, whose memory goes when they were used."""
+        self.pieces, self.text_key, self.as_text = pieces, text_key, as_text
         self.digests: list[str] = []
         self.lines: list[int] = []
         self._stopped = False
-        self._buffers = [Buffer(blocks.BLOCK_BYTES) for _ in range(buffers)]
+        # Fresh buffers are taken from the end: those that are used once come first.
+        self._buffers = [Buffer(blocks.BLOCK_BYTES) for _ in range(buffers + once)]
+        self._kept = buffers
         self._numbers = {id(buffer): number for number, buffer in enumerate(self._buffers)}
         self._read_fd, write_fd = os.pipe()
         free_fd, self._free_fd = os.pipe()
@@ -130,9 +180,13 @@ class ReadingProcess:
 
     def release(self, block: Block) -> None:
         if block.buffer is not None:
-            block.buffer.reopen()
-            with contextlib.suppress(BrokenPipeError):  # it has read everything, or ended: blocks() says which
-                os.write(self._free_fd, bytes([self._numbers[id(block.buffer)]]))
+            number = self._numbers[id(block.buffer)]
+            if number < self._kept:
+                block.buffer.reopen()
+                with contextlib.suppress(BrokenPipeError):  # it has read everything, or ended: blocks() says which
+                    os.write(self._free_fd, bytes([number]))
+            else:
+                block.buffer.seal(0)  # its pages go, whoever maps them
             block.buffer = None
 
     def stop(self) -> None:

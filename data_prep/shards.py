@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import queue
@@ -17,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -25,22 +26,20 @@ from data_prep.blocks import BLOCK_BYTES, LINE_BITS, Piece, Stopped, xxh3
 from data_prep.encoder_choice import Choice, make_encoder
 from data_prep.encoders import Encoded, Encoder
 from data_prep.errors import DataError
-from data_prep.plain_files import temporary_name
-from data_prep.reading_process import Reader, open_reader
-
-if TYPE_CHECKING:
-    from data_prep.tokens_record import ShardRecord
+from data_prep.plain_files import canonical_json, temporary_name
+from data_prep.reading_process import BLOCKS_AHEAD, BLOCKS_ONCE, Reader, open_reader
+from data_prep.tokens_record import PieceRecord, ShardRecord
 
 CALLS = (2, 4)
 """Fewest and most blocks that are encoded at a time, otherwise one per thread of gigatoken's: before and behind each call Python works."""
 WAITING_BLOCKS = 2
 """Encoded ones that wait for an earlier one."""
-BLOCKS_AHEAD = 16
-"""Buffers, 64 MB: what is read while the tokenizer is loaded (a third of a second)."""
 SPARE_TOKENS = 2 << 20
 """Of an output array that is used again and again; blocks have fewer, but for those with a long document, whose arrays are given back."""
 LARGE_CHARS = 16 << 20
 """Blocks with a document of this size are encoded one at a time: each takes ten times its size in memory."""
+IOV_MAX = 1024
+"""Buffers of one writev (Linux)."""
 WRITEBACK_BYTES = 32 << 20
 SYNC_FILE_RANGE_WRITE = 2
 
@@ -64,6 +63,11 @@ class Job:
     """Digest of all that the output depends on, the input left out."""
     threads: int
     memory_bytes: int
+
+    @property
+    def as_text(self) -> bool:
+        """Whether blocks have to be read as text, not as lines."""
+        return not self.choice.gigatoken or self.choice.normalizer is not None
 
 
 def xxh3_of(data: Any) -> str:
@@ -89,39 +93,44 @@ def _start_writeback(f: IO[bytes]) -> None:
     ctypes.CDLL(None).sync_file_range(f.fileno(), ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE_WRITE)
 
 
+def open_shard(job: Job, pieces: list[Piece], *, is_first: bool) -> Reader:
+    """What run_shard takes. `is_first`: the tokenizer is yet to be loaded."""
+    return open_reader(pieces, job.text_key, BLOCKS_AHEAD, as_text=job.as_text, once=BLOCKS_ONCE if is_first else 0)
+
+
 def run_shard(
-    job: Job, number: int, pieces: list[Piece], get_encoder: Callable[[], Encoder], on_progress: OnProgress
+    job: Job, number: int, reader: Reader, get_encoder: Callable[[], Encoder], on_progress: OnProgress
 ) -> ShardRecord:
-    """Tokenize the pieces into <folder>/<number>.*; `get_encoder` is called while the first blocks are being read."""
-    reads_lines = job.choice.gigatoken and job.choice.normalizer is None
-    pipeline = _Pipeline(job, open_reader(pieces, job.text_key, BLOCKS_AHEAD, as_text=not reads_lines))
+    """Tokenize the pieces that `reader` reads into <folder>/<number>.*; closes the reader.
+
+    `get_encoder` is called while the first blocks are being read.
+    """
+    pipeline = _Pipeline(job, reader)
     target = stem(job.folder, number)
     lengths: list[np.ndarray] = []
     bad: Counter[str] = Counter()
     routed: Counter[str] = Counter()
     bin_digest, bad_digest = xxh3(), xxh3()
     text_bytes = control = size = started = 0
-    highest = -1
+    highest, item_bytes = -1, np.dtype(job.dtype).itemsize
     try:
         pipeline.start()
         with _new(target.with_suffix(".bin")) as out, _new(target.with_suffix(".bad.jsonl")) as rejects:
             pipeline.encode_with(get_encoder())
-            # pydantic is imported while the first blocks are encoded.
-            from data_prep.tokens_record import PieceRecord, ShardRecord
-
-            for done, tokens in pipeline.results():
-                out.write(tokens.data)
-                bin_digest.update(tokens.data)
-                lengths.append(done.counts)
+            for done, block in pipeline.results():
+                write_parts(out, block.parts)
+                for part in block.parts:
+                    bin_digest.update(part)
+                lengths.append(block.counts)
+                tokens = block.tokens
                 text_bytes += done.text_bytes
                 control += done.control_tokens
                 routed.update(done.routed)
-                size += tokens.nbytes
+                size += tokens * item_bytes
                 if size - started >= WRITEBACK_BYTES:
                     _start_writeback(out)
                     started = size
-                if tokens.size:
-                    highest = max(highest, int(tokens.max()))
+                highest = max(highest, block.highest)
                 for place, reason in sorted(done.bad, key=lambda one: one[0]):  # some show when read, some when encoded
                     bad[reason.kind] += 1
                     entry = {
@@ -133,8 +142,8 @@ def run_shard(
                     line = json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
                     rejects.write(line)
                     bad_digest.update(line)
-                on_progress(done.read_bytes, len(done.counts), tokens.size)
-                pipeline.spare(tokens)
+                on_progress(done.read_bytes, len(block.counts), tokens)
+                pipeline.spare(block)
             if highest >= job.vocab_size:
                 raise DataError(
                     f"{job.choice.path}: token id {highest}, but the vocabulary has {job.vocab_size} entries; "
@@ -149,10 +158,10 @@ def run_shard(
         settings=job.settings,
         pieces=[
             PieceRecord(file=piece.file, start=piece.start, end=piece.end, xxh3=digest, lines=lines)
-            for piece, digest, lines in zip(pieces, pipeline.reader.digests, pipeline.reader.lines, strict=True)
+            for piece, digest, lines in zip(reader.pieces, reader.digests, reader.lines, strict=True)
         ],
         documents=len(all_lengths),
-        tokens=size // np.dtype(job.dtype).itemsize,
+        tokens=size // item_bytes,
         text_bytes=text_bytes,
         max_token_id=highest,
         bytes=size,
@@ -164,16 +173,14 @@ def run_shard(
         control_tokens=control,
     )
     with _new(target.with_suffix(".json")) as f:
-        f.write(record.model_dump_json().encode())
+        f.write(canonical_json(record.as_json()))
     return record
 
 
 @dataclass
 class _Done:
-    """A block that was encoded; its tokens go beside it."""
+    """What is said of a block that was encoded; its tokens go beside it."""
 
-    counts: np.ndarray
-    """int64 [documents]: tokens of each, added ones too."""
     bad: list[tuple[int, Any]]
     text_bytes: int
     routed: Counter[str]
@@ -205,8 +212,8 @@ class _Pipeline:
             self._run(lambda: self._encode(encoder))
 
     def results(self) -> Any:
-        """(_Done, tokens to write) of every block, in order; raises what a thread raised."""
-        waiting: dict[int, tuple[_Done, np.ndarray]] = {}
+        """(_Done, Packed) of every block, in order; raises what a thread raised."""
+        waiting: dict[int, tuple[_Done, Packed]] = {}
         following, ended = 0, 0
         while ended < self.calls:
             item = self._results.get()
@@ -221,10 +228,10 @@ class _Pipeline:
                 self._slots.release()
                 following += 1
 
-    def spare(self, tokens: np.ndarray) -> None:
-        """Take back tokens that were written: fresh memory costs the kernel as much as the copy into it."""
-        base = tokens.base
-        if isinstance(base, np.ndarray) and len(base) == SPARE_TOKENS and base.dtype == tokens.dtype and base.flags.owndata:
+    def spare(self, block: Packed) -> None:
+        """Take back the memory of what was written: fresh memory costs the kernel as much as the copy into it."""
+        base = None if block.spare is None else block.spare.base
+        if isinstance(base, np.ndarray) and len(base) == SPARE_TOKENS:
             self._spare.put(base)
 
     def _memory(self, size: int) -> np.ndarray:
@@ -286,8 +293,8 @@ class _Pipeline:
             self.reader.release(block)
             large, ahead = block.extra_bytes > LARGE_CHARS, block.extra_bytes > BLOCK_BYTES
             block.extra.clear()
-            counts, tokens = packed(encoded, self.job, self._memory)
-            done = _Done(counts, encoded.bad, encoded.text_bytes, encoded.routed, encoded.control_tokens, block.read_bytes)
+            tokens = packed(encoded, self.job, self._memory)
+            done = _Done(encoded.bad, encoded.text_bytes, encoded.routed, encoded.control_tokens, block.read_bytes)
             self._results.put((number, done, tokens))
             del item, block, encoded, tokens, done
             if ahead:
@@ -297,8 +304,26 @@ class _Pipeline:
         self._results.put(None)
 
 
-def packed(encoded: Encoded, job: Job, memory: Callable[[int], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """(counts, tokens) with what stands before and behind every document added, tokens in the dtype of the .bin.
+@dataclass
+class Packed:
+    """What is written of a block."""
+
+    counts: np.ndarray
+    """int64 [documents]: tokens of each, added ones too."""
+    parts: list[memoryview]
+    """The tokens in order, as they lie in memory: in one piece, or a piece per document and addition, which the kernel joins."""
+    highest: int
+    """Largest token id, -1 where there is none."""
+    spare: np.ndarray | None = None
+    """Memory to be used again once this is written."""
+
+    @property
+    def tokens(self) -> int:
+        return int(self.counts.sum())
+
+
+def packed(encoded: Encoded, job: Job, memory: Callable[[int], np.ndarray]) -> Packed:
+    """The documents of a block with what stands before and behind each added, in the dtype of the .bin.
 
     `memory` gives an array of a size in that dtype.
     """
@@ -306,36 +331,52 @@ def packed(encoded: Encoded, job: Job, memory: Callable[[int], np.ndarray]) -> t
     before = np.array(job.choice.prefix, dtype=job.dtype)
     behind = np.array([*job.choice.suffix, *(() if job.eod_id is None else (job.eod_id,))], dtype=job.dtype)
     added = len(before) + len(behind)
-    ids, counts = encoded.ids, encoded.counts
-    if ids.dtype.itemsize == out_dtype.itemsize:
-        ids = ids.view(out_dtype)  # vocabularies end far below 2^31; copies of one dtype are faster
-    if added == 0:
-        return counts, ids.astype(job.dtype, copy=False)
+    ids, counts, spare = encoded.ids, encoded.counts, None
     documents = len(counts)
-    out = memory(len(ids) + documents * added)
-    ends = np.cumsum(counts)
-    if len(ids) > 64 * documents:  # long documents: a copy for each is faster than a mask over all tokens
-        source = target = 0
-        for end in ends.tolist():
-            size = end - source
-            target += len(before)
-            out[target : target + size] = ids[source:end]
-            target += size + len(behind)
-            source = end
-    else:
+    if documents == 0:
+        return Packed(counts, [], -1)
+    if ids.dtype.itemsize == out_dtype.itemsize:
+        ids = ids.view(out_dtype)  # vocabularies end far below 2^31
+    highest = max((int(part.max()) for part in (encoded.ids, before, behind) if part.size), default=-1)
+    if added and len(ids) <= 64 * documents:  # short documents: a mask over all tokens is faster than a piece for each
+        out = spare = memory(len(ids) + documents * added)
+        first = np.cumsum(counts) - counts + np.arange(documents) * added
         own = np.ones(len(out), dtype=bool)
-        starts = ends - counts + np.arange(documents) * added
-        for offset in range(len(before)):
-            own[starts + offset] = False
-        for offset in range(len(behind)):
-            own[starts + len(before) + counts + offset] = False
+        for offset, token in enumerate(before):
+            own[first + offset] = False
+            out[first + offset] = token
+        for offset, token in enumerate(behind):
+            own[first + len(before) + counts + offset] = False
+            out[first + len(before) + counts + offset] = token
         out[own] = ids
-    first = ends - counts + np.arange(documents) * added
-    for offset, token in enumerate(before):
-        out[first + offset] = token
-    for offset, token in enumerate(behind):
-        out[first + len(before) + counts + offset] = token
-    return counts + added, out
+        return Packed(counts + added, [out.data], highest, spare)
+    if ids.dtype != out_dtype:
+        spare = memory(len(ids))
+        np.copyto(spare, ids, casting="unsafe")  # the largest is looked at before anything counts as done
+        ids = spare
+    if added == 0:
+        return Packed(counts, [ids.data], highest, spare)
+    # Joining them here would be one more copy of everything.
+    content, start, parts = ids.data, 0, list[memoryview]()
+    for end in np.cumsum(counts).tolist():
+        if len(before):
+            parts.append(before.data)
+        parts.append(content[start:end])
+        if len(behind):
+            parts.append(behind.data)
+        start = end
+    return Packed(counts + added, parts, highest, spare)
+
+
+def write_parts(f: IO[bytes], parts: list[memoryview]) -> None:
+    """Write buffers one after the other, without joining them first."""
+    f.flush()
+    for some in itertools.batched(parts, IOV_MAX):
+        size = sum(part.nbytes for part in some)
+        written = os.writev(f.fileno(), some)
+        if written < size:  # a signal came, or the disk is full: the next write says which
+            f.write(b"".join(some)[written:])
+            f.flush()
 
 
 # --- several processes -----------------------------------------------------------------------------------------------------------
@@ -366,4 +407,5 @@ def run_in_worker(job: Job, number: int, pieces: list[Piece]) -> ShardRecord:
             _encoder = make_encoder(job.choice, job.text_key, job.threads, job.memory_bytes)
         return _encoder
 
-    return run_shard(job, number, pieces, encoder, lambda *done: _progress.put(done))
+    reader = open_shard(job, pieces, is_first=_encoder is None)
+    return run_shard(job, number, reader, encoder, lambda *done: _progress.put(done))

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from data_prep.blocks import BLOCK_BYTES, SHARD_BYTES, Piece, plan_shards, xxh3
+from data_prep.blocks import BLOCK_BYTES, SHARD_BYTES, THREADS_PER_PROCESS, Piece, plan_shards, xxh3
 from data_prep.encoder_choice import Choice, ControlTokens, choose, make_encoder, tokenizer_sha256, versions
 from data_prep.encoders import Encoder
 from data_prep.errors import DataError
@@ -18,11 +18,10 @@ from data_prep.indexed import bin_path, idx_path, optimal_dtype
 from data_prep.merge import Merge, file_xxh3
 from data_prep.plain_files import atomic_write, digest_of, exclusive_lock, remove_leftovers
 from data_prep.progress import Progress, Silent
-from data_prep.shards import Job, OnProgress, run_in_worker, run_shard, start_worker
+from data_prep.reading_process import Early
+from data_prep.shards import Job, OnProgress, open_shard, run_in_worker, run_shard, start_worker
 from data_prep.text_files import MAX_BAD_FREE, MAX_BAD_PERCENT, is_packed, is_parquet
-
-if TYPE_CHECKING:
-    from data_prep.tokens_record import PieceRecord, TokensRecord
+from data_prep.tokens_record import PieceRecord, TokenizedInput, TokensRecord, Written
 
 VERSION = 1
 """Of the output; raise it when the same input would give other bytes."""
@@ -32,8 +31,6 @@ MEMORY_MB_MIN = 500
 """Less does not hold a tokenizer of 100,000 entries and the blocks under way."""
 UNCOUNTED_MB = 350
 """A process may grow by this much (the words of the blocks under way) before its memory is looked at again, its reader's included."""
-THREADS_PER_PROCESS = 8
-"""One process reads, checks and writes about as fast as eight threads encode; more workers are more processes."""
 SAMPLE_FROM_BYTES = 1 << 30
 """Jobs of 1 GiB of input or more (10 seconds or more), and the first with a tokenizer, are proven on a sample before they begin."""
 
@@ -79,6 +76,7 @@ def tokenize_files(
     shard_bytes: int = SHARD_BYTES,
     what: str = "",
     progress: Progress | None = None,
+    early: Early | None = None,
 ) -> TokensRecord:
     """Tokenize `paths` (JSON lines, plain, .gz or .zst, and Parquet), in order, into <prefix>.bin/.idx and <prefix>.json.
 
@@ -88,7 +86,7 @@ def tokenize_files(
     adds what the tokenizer's post-processor adds), or ordinary tokens (as_text).
 
     `workers` threads encode, in processes of up to eight, each of up to `memory_mb` MB. A killed run goes on where it was; output that
-    is up to date and intact is left alone. `what` names the job in messages.
+    is up to date and intact is left alone. `what` names the job in messages; `early` has begun to read, perhaps.
     """
     progress = progress or Silent()
     if memory_mb < MEMORY_MB_MIN:
@@ -128,6 +126,7 @@ def tokenize_files(
             limit=(max_bad_percent, max_bad_free),
             plan=plan_shards([(file.path, file.bytes) for file in inputs], shard_bytes),
             workers=workers,
+            early=early or Early(),
         )
         job = Job(
             choice=Choice(tokenizer.kind, str(file), sha256, control_tokens, False),
@@ -172,9 +171,10 @@ class _Run:
         limit: tuple[float, int],
         plan: list[list[Piece]],
         workers: int,
+        early: Early,
     ) -> None:
         self.prefix, self.name, self.inputs, self.digest = prefix, name, inputs, digest
-        self.progress, self.limit, self.plan = progress, limit, plan
+        self.progress, self.limit, self.plan, self.early = progress, limit, plan, early
         self.processes = max(1, min(-(-workers // THREADS_PER_PROCESS), len(plan)))
         self.threads = max(1, workers // self.processes)
         self.encoder: Encoder | None = None
@@ -218,7 +218,10 @@ class _Run:
             return self.encoder
 
         for number in todo:
-            merge.add(number, run_shard(job, number, self.plan[number], encoder, done))
+            pieces = self.plan[number]
+            reader = self.early.take(pieces, job.text_key, as_text=job.as_text)
+            reader = reader or open_shard(job, pieces, is_first=self.encoder is None)
+            merge.add(number, run_shard(job, number, reader, encoder, done))
 
     def _in_processes(self, job: Job, todo: list[int], merge: Merge, done: OnProgress) -> None:
         # Imported here, as elsewhere in this package what only some runs need: a start takes as long as it takes to encode 30 MB.
@@ -265,8 +268,6 @@ class _Run:
         merge.sync()
         os.replace(merge.merged, bin_file)
         merge.write_index(idx_file, job.dtype)
-        from data_prep.tokens_record import TokenizedInput, TokensRecord, Written
-
         choice = job.choice
         made = versions()
         library = "gigatoken" if choice.gigatoken else "tokenizers" if choice.kind == "huggingface" else "sentencepiece"
@@ -386,8 +387,6 @@ def _current(prefix: Path, digest: str, inputs: list[InputStat]) -> TokensRecord
     """The record, when it was made of the same input and its files are intact."""
     if not record_path(prefix).exists():
         return None
-    from data_prep.tokens_record import TokenizedInput, TokensRecord
-
     record = TokensRecord.read_if_valid(record_path(prefix))
     if record is None or record.inputs != digest:
         return None
@@ -402,6 +401,6 @@ def _current(prefix: Path, digest: str, inputs: list[InputStat]) -> TokensRecord
     if not is_intact(prefix, record):
         return None
     if changed:
-        record = record.model_copy(update={"files": files})
+        record = replace(record, files=files)
         record.write(record_path(prefix))
     return record

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from data_prep.reading_process import Early
 
 EPILOG = """examples:
   quarry tokenize --input 'web/*.jsonl.gz' --tokenizer granite/ --output tokens/web --append-eod
@@ -61,19 +64,30 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Returns 0; DataError (exit code 2) when the input or the tokenizer is refused."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy starts threads for linear algebra, which there is none of here
-    from data_prep import tokenize_files
+    from data_prep.blocks import THREADS_PER_PROCESS
     from data_prep.errors import DataError
-    from data_prep.progress import Shown
+    from data_prep.reading_process import Early
     from data_prep.text_files import expand
-    from data_prep.tokenizer_facts import facts
 
     workers = args.workers if args.workers is not None else len(os.sched_getaffinity(0))
     if workers < 1:
         raise DataError(f"--workers is {workers}; use at least 1")
+    paths = expand(args.input, "--input")
+    is_new = not any(args.output.with_name(args.output.name + suffix).exists() for suffix in (".json", ".shards"))
+    with Early.start(paths, args.text_key) if is_new and workers <= THREADS_PER_PROCESS else Early() as early:
+        return _tokenize(args, paths, workers, early)
+
+
+def _tokenize(args: argparse.Namespace, paths: list[Path], workers: int, early: Early) -> int:
+    # The rest is imported while the reading begins.
+    from data_prep import tokenize_files
+    from data_prep.progress import Shown
+    from data_prep.tokenizer_facts import facts
+
     progress = Shown()
     given = {"memory_mb": args.memory_mb, "max_bad_percent": args.max_bad_percent}
     record = tokenize_files.tokenize_files(
-        expand(args.input, "--input"),
+        paths,
         facts(args.tokenizer),
         args.output,
         text_key=args.text_key,
@@ -81,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         workers=workers,
         control_tokens=args.control_tokens,
         progress=progress,
+        early=early,
         **{name: value for name, value in given.items() if value is not None},
     )
     progress.message(f"{args.output}.bin/.idx: {record.documents:,} documents, {record.tokens:,} tokens ({record.encoder})")

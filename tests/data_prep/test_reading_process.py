@@ -16,7 +16,7 @@ import pytest
 from data_prep import blocks, reading_process
 from data_prep.blocks import BlockReader, Buffer, Piece, Stopped
 from data_prep.errors import DataError
-from data_prep.reading_process import ReadingProcess, open_reader
+from data_prep.reading_process import Early, ReadingProcess, open_reader
 from tests.data_prep import tokenizing
 from tests.data_prep.test_text_files import BAD, GOOD, ODD_BUT_VALID
 
@@ -54,13 +54,14 @@ def seen(reader):
     return found, digests, lines
 
 
+@pytest.mark.parametrize("once", [0, 4])
 @pytest.mark.parametrize("as_text", [False, True])
-def test_the_blocks_are_those_of_a_reader_in_this_process(pieces, as_text):
+def test_the_blocks_are_those_of_a_reader_in_this_process(pieces, as_text, once):
     here = BlockReader(pieces, "text", [Buffer(blocks.BLOCK_BYTES) for _ in range(3)], as_text=as_text)
     expected = seen(here)
     assert len(expected[0]) > 10
     assert {kind for block in expected[0] for *_, kind in block[3]} > {"damaged file", "empty document"}
-    assert seen(ReadingProcess(pieces, "text", 3, as_text=as_text)) == expected
+    assert seen(ReadingProcess(pieces, "text", 3, as_text=as_text, once=once)) == expected
 
 
 def test_little_input_is_read_here_and_much_apart(pieces, monkeypatch):
@@ -71,6 +72,43 @@ def test_little_input_is_read_here_and_much_apart(pieces, monkeypatch):
     reader = open_reader(pieces, "text", 3, as_text=False)
     assert isinstance(reader, ReadingProcess)
     reader.close()
+
+
+def test_memory_that_is_used_once_goes_when_it_was_used(pieces):
+    reader = ReadingProcess(pieces, "text", 2, as_text=False, once=3)
+    taken = []
+    for block in reader.blocks():
+        taken.append(block.buffer)
+        assert os.fstat(block.buffer.fd).st_blocks > 0
+        reader.release(block)
+        if len(taken) <= 3:
+            assert os.fstat(taken[-1].fd).st_blocks == 0
+    assert {id(buffer) for buffer in taken[3:]} == {id(buffer) for buffer in reader._buffers[:2]}
+    reader.close()
+
+
+def test_reading_that_began_early_is_taken_for_just_that(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    tokenizing.jsonl(path, tokenizing.texts(3, 50))
+    shard = [Piece(str(path), 0, 0, path.stat().st_size)]
+    with Early.start([path], "text") as early:
+        assert early.take(shard, "text", as_text=False) is None, "a small file is not worth a process"
+    monkeypatch.setattr(reading_process, "FROM_BYTES", 1)
+    with Early.start([tmp_path / "none.jsonl"], "text") as early:
+        assert early.take(shard, "text", as_text=False) is None
+    with Early.start([path], "text") as early:
+        process = early._reader._process
+        grown = [Piece(str(path), 0, 0, path.stat().st_size + 1)]
+        assert early.take(grown, "text", as_text=False) is None
+        assert early.take(shard, "body", as_text=False) is None
+        assert early.take(shard, "text", as_text=True) is None
+        assert process.poll() in (None, 0)
+    assert process.poll() is not None, "nobody took it"
+    with Early.start([path], "text") as early:
+        reader = early.take(shard, "text", as_text=False)
+        assert early.take(shard, "text", as_text=False) is None
+    here = BlockReader(shard, "text", [Buffer(blocks.BLOCK_BYTES) for _ in range(3)])
+    assert seen(reader) == seen(here)
 
 
 def test_a_process_that_dies_is_an_error_that_says_so(pieces):
