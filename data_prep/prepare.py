@@ -65,6 +65,8 @@ def check(recipe: Recipe) -> None:
             problems.append(
                 f"{key}.paths is empty; name files or glob patterns (files), or one prefix without .bin/.idx (indexed)"
             )
+    if not data.heldout_percent < 100:
+        problems.append(f"data.heldout_percent is {data.heldout_percent:g}: nothing would be left to train on; use e.g. 0.1")
     if data.tokenizer.vocab_size > recipe.model.vocab_size:
         problems.append(
             f"data.tokenizer.vocab_size is {data.tokenizer.vocab_size}, model.vocab_size {recipe.model.vocab_size}; "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
@@ -18,7 +17,7 @@ from data_prep.files import atomic_write, digest_of, record_file, verify_file
 from data_prep.indexed import bin_path, idx_path
 from data_prep.progress import Progress
 from data_prep.records import CorpusRecord, InputFile, TokenizedRecord
-from data_prep.text_files import BadLine, Text, read_documents
+from data_prep.text_files import BadLine, Text, expand, read_documents
 from recipes.schema import Recipe, Source
 
 
@@ -108,7 +107,6 @@ def _refuse_shared_documents(root: Path, names: list[str]) -> None:
 
 def source_paths(name: str, source: Source) -> list[Path]:
     """Files of a source, or the .bin and .idx of an indexed one; DataError for a pattern that matches none."""
-    found: set[str] = set()
     if source.kind == "indexed":
         if len(source.paths) != 1:
             raise DataError(
@@ -119,14 +117,8 @@ def source_paths(name: str, source: Source) -> list[Path]:
         missing = [path for path in sorted(found) if not Path(path).is_file()]
         if missing:
             raise DataError(f"data.sources.{name}.paths: {missing[0]} does not exist; name the prefix of a .bin/.idx pair")
-    for pattern in source.paths if source.kind == "files" else ():
-        matched = glob.glob(pattern, recursive=True)
-        if not matched:
-            raise DataError(
-                f"data.sources.{name}.paths: nothing matches '{pattern}' (from {Path.cwd()}); put the files there or change the path"
-            )
-        found.update(path for path in matched if os.path.isfile(path))
-    return [Path(path) for path in sorted(found)]
+        return [Path(path) for path in sorted(found)]
+    return expand(source.paths, f"data.sources.{name}.paths")
 
 
 def _input_files(paths: list[Path], before: TokenizedRecord | None) -> list[InputFile]:

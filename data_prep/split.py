@@ -6,6 +6,7 @@ A document is held out by its content alone, so the same one is held out of ever
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -117,6 +118,7 @@ def _remedy(name: str) -> str:
 
 
 def _checked_index(name: str, prefix: Path, tokenizer: Tokenizer) -> Index:
+    _same_tokenizer(name, prefix.with_name(f"{prefix.name}.json"), tokenizer)
     index = Reader(prefix).index
     expected = optimal_dtype(tokenizer.vocab_size)
     if index.dtype != expected:
@@ -128,6 +130,19 @@ def _checked_index(name: str, prefix: Path, tokenizer: Tokenizer) -> Index:
     if index.documents == 0:
         raise DataError(f"{idx_path(prefix)}: no documents; remove the source or give it data")
     return index
+
+
+def _same_tokenizer(name: str, record: Path, tokenizer: Tokenizer) -> None:
+    """Where a record of `quarry tokenize` lies beside the pair: ids of another tokenizer may all be below the vocabulary, too."""
+    try:
+        values = json.loads(record.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return
+    theirs = values.get("tokenizer_sha256", tokenizer.digest) if isinstance(values, dict) else tokenizer.digest
+    if theirs != tokenizer.digest:
+        raise DataError(
+            f"{record}: made with another tokenizer (SHA-256 {theirs}; that of {tokenizer.path} is {tokenizer.digest}); {_remedy(name)}"
+        )
 
 
 def link_target(link: Path, target: Path, root: Path) -> str:

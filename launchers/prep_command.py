@@ -160,6 +160,8 @@ def _notes(shown: Preview) -> Iterator[str]:
             "~ estimated from a sample of the text as it is now (before cleaning, where that has not run): "
             f"{', '.join(sorted(shown.estimated))}"
         )
+    if set(shown.sources) - shown.estimated:
+        yield "without ~: as the last `quarry prep` counted in this data root; what has changed since is counted when it runs again"
     if any(row.draw and row.samples_given is None for row in shown.rows):
         yield "= as planned: the phase is too long to repeat Megatron's blend here, which gives a source at most one sample above its share"
     if long := [f"{name} {phase.min_document_tokens:,}" for name, phase in shown.phases.items() if phase.min_document_tokens]:

@@ -196,6 +196,7 @@ def test_two_preparations_of_one_root_wait_for_each_other(folder):
     ("change", "message"),
     [
         ({"paths": ["/nowhere/*.jsonl"]}, r"data.sources.web_a.paths: nothing matches '/nowhere/\*.jsonl'"),
+        ({"paths": ["/tmp"]}, "data.sources.web_a.paths: nothing matches '/tmp' .*it is a folder"),
         ({"paths": []}, "data.sources.web_a.paths is empty"),
         ({"kind": "builtin", "builder": "poems"}, r"data.sources.web_a.builder is 'poems'; the builders are books,"),
         ({"kind": "indexed", "paths": ["/nowhere/a"]}, "data.sources.web_a is already tokenized|/nowhere/a.bin does not exist"),
@@ -217,6 +218,7 @@ def test_refusals_of_sources(folder, change, message):
             r"category 'code': \d+ held-out tokens .* an evaluation reads 8001 .* raise data.heldout_percent",
         ),
         ({"max_epochs": 0.01}, "data.max_epochs is 0.01"),
+        ({"heldout_percent": 100.0}, "data.heldout_percent is 100: nothing would be left to train on"),
         ({"tokenizer": {"kind": "sentencepiece", "path": None, "vocab_size": 400}}, "train_max_bytes is null"),
         (
             {"tokenizer": {"kind": "sentencepiece", "path": None, "vocab_size": 4000, "train_max_bytes": 10}},

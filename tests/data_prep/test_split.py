@@ -131,3 +131,17 @@ def test_what_does_not_fit_the_tokenizer_is_refused(tmp_path, root, trained, doc
     with pytest.raises(DataError, match=message):
         split_heldout("t", tmp_path / "bad", trained, root / "tokenized", **SETTINGS)
     assert not (root / "tokenized" / "t.json").exists()
+
+
+def test_tokens_of_another_tokenizer_are_refused_though_their_ids_fit(tmp_path, root, trained):
+    indexed(tmp_path / "given", [[5, 2], [6, 7, 2]], trained.vocab_size)
+    record = tmp_path / "given.json"
+    for content in ('{"tokenizer_sha256": "0000"}', f'{{"tokenizer_sha256": "{trained.digest}"}}', "somebody else's"):
+        record.write_text(content)
+        if "0000" in content:
+            with pytest.raises(
+                DataError, match=r"given.json: made with another tokenizer \(SHA-256 0000; .* tokenize data.sources.t with"
+            ):
+                split_heldout("t", tmp_path / "given", trained, root / "tokenized", **SETTINGS)
+        else:
+            assert split_heldout("t", tmp_path / "given", trained, root / "tokenized", **SETTINGS).documents
