@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,25 +137,44 @@ def _positive(value: float, option: str) -> int:
     """Bytes of a size in MB."""
     from data_prep.errors import DataError
 
-    if value <= 0:
+    if not 0 < value < float("inf"):
         raise DataError(f"{option} is {value:g}; give a size above 0")
     return int(value * 1e6)
 
 
-def _texts(path: Path, text_key: str, columns: Sequence[str] = ()) -> Iterator[Text]:
-    """Documents of a file; lines that are none are left out here (tokenizing quarantines and counts them)."""
+@dataclass
+class LeftOut:
+    """Lines that are no documents, in what was read; tokenizing lists them all."""
+
+    lines: int = 0
+    first: str = ""
+
+    def tell(self, progress: Progress) -> None:
+        if self.lines:
+            progress.message(f"left out: {self.lines:,} lines that are no documents, the first: {self.first}")
+
+
+def _texts(path: Path, text_key: str, left_out: LeftOut, columns: Sequence[str] = ()) -> Iterator[Text]:
+    """Documents of a file."""
     from data_prep.text_files import Text, read_documents
 
-    return (document for document in read_documents(path, text_key, columns=columns) if isinstance(document, Text))
+    for document in read_documents(path, text_key, columns=columns):
+        if isinstance(document, Text):
+            yield document
+        elif not document.empty:
+            left_out.first = left_out.first or f"{document.file}, line {document.line}: {document.reason}"
+            left_out.lines += 1
 
 
-def training_texts(paths: list[Path], text_key: str, max_bytes: int) -> Iterator[str]:
+def training_texts(paths: list[Path], text_key: str, max_bytes: int, left_out: LeftOut) -> Iterator[str]:
     """Text from the beginning of each file, in proportion to the sizes of the files, `max_bytes` in all."""
     from data_prep.tokenizer_training import sample
 
     sizes = [path.stat().st_size for path in paths]
     for path, size in zip(paths, sizes, strict=True):
-        yield from sample((document.text for document in _texts(path, text_key)), max_bytes * size // max(1, sum(sizes)))
+        yield from sample(
+            (document.text for document in _texts(path, text_key, left_out)), max_bytes * size // max(1, sum(sizes))
+        )
 
 
 def _shown(texts: Iterable[str], progress: Progress, max_bytes: int) -> Iterator[str]:
@@ -179,8 +199,10 @@ def _train(args: argparse.Namespace) -> int:
     progress = Shown()
     target = args.output / "tokenizer.model" if args.kind == "sentencepiece" else args.output
     started = time.monotonic()
-    texts = _shown(training_texts(paths, args.text_key, max_bytes), progress, max_bytes)
+    left_out = LeftOut()
+    texts = _shown(training_texts(paths, args.text_key, max_bytes, left_out), progress, max_bytes)
     train(texts, args.kind, args.vocab_size, target, show_progress=sys.stderr.isatty())
+    left_out.tell(progress)
     made = load_tokenizer(target, args.kind)
     if args.kind == "sentencepiece":
         write_hf_tokenizer(made, args.output / "hf")
@@ -203,10 +225,12 @@ def _report(args: argparse.Namespace) -> int:
     if args.input and not args.tokenizer:
         raise DataError("--tokenizer is missing: name the tokenizers to measure")
     max_bytes = _positive(args.max_mb, "--max-mb")
-    documents, default = _of_recipe(args, max_bytes) if args.overrides else (_of_files(args, max_bytes), [])
+    progress, left_out = Shown(), LeftOut()
+    documents, default = _of_recipe(args, max_bytes) if args.overrides else (_of_files(args, max_bytes, left_out), [])
     tokenizers = _load(args.tokenizer or default)
-    with Shown().step("encode", None) as done:
+    with progress.step("encode", None) as done:
         report = measure(documents, tokenizers, threads(), done)
+    left_out.tell(progress)
     if not report.rows:
         raise DataError(f"no documents were found under the key '{args.text_key}'; name it with --text-key")
     show(report)
@@ -227,7 +251,7 @@ def _load(paths: list[Path]) -> dict[str, Tokenizer]:
     return {(name if names.count(name) == 1 else str(path)): found[path] for path, name in short.items()}
 
 
-def _of_files(args: argparse.Namespace, max_bytes: int) -> Iterator[Labelled]:
+def _of_files(args: argparse.Namespace, max_bytes: int, left_out: LeftOut) -> Iterator[Labelled]:
     """Documents of the files, each with its own share of the bytes; labels from their keys, the file's name or py3langid."""
     from data_prep.fertility import Labelled, language_of
     from data_prep.text_files import expand
@@ -235,7 +259,7 @@ def _of_files(args: argparse.Namespace, max_bytes: int) -> Iterator[Labelled]:
     paths = expand(args.input, "--input")
     columns = [key for key in (args.category_key, args.language_key) if key]
     for path in paths:
-        for document in _within(_texts(path, args.text_key, columns), max_bytes // len(paths)):
+        for document in _within(_texts(path, args.text_key, left_out, columns), max_bytes // len(paths)):
             record = document.record or {}
             category = record.get(args.category_key) if args.category_key else path.name.split(".")[0]
             language = record.get(args.language_key) if args.language_key else language_of(document.text)

@@ -128,7 +128,10 @@ def test_train_and_report_commands(command, files, tmp_path, capsys, kind):
     assert (
         command("train", "--input", files / "*.jsonl", "--kind", kind, "--vocab-size", 340, "--max-mb", 1, "--output", out) == 0
     )
-    assert "340 entries, " in capsys.readouterr().out
+    left_out = f"left out: 2 lines that are no documents, the first: {files / 'one.jsonl'}, line 51: not JSON"
+    shown = capsys.readouterr().out
+    assert "340 entries, " in shown
+    assert left_out in shown
     made = out / "tokenizer.model" if kind == "sentencepiece" else out
     if kind == "sentencepiece":
         assert load_tokenizer(out / "hf").encode("the same") == load_tokenizer(made).encode("the same")
@@ -146,7 +149,9 @@ def test_train_and_report_commands(command, files, tmp_path, capsys, kind):
         report,
     ]
     assert command("report", *words) == 0
-    assert "tokens/word" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "tokens/word" in shown
+    assert left_out in shown
     values = json.loads(report.read_text())
     assert {(row["category"], row["language"], row["documents"]) for row in values["rows"]} == {
         (category, language, 25) for category in ("k0", "k1") for language in ("en", "xx")
@@ -157,7 +162,7 @@ def test_train_and_report_commands(command, files, tmp_path, capsys, kind):
 def test_the_budget_is_spread_by_size(files):
     small, large = files / "one.jsonl", files / "three.jsonl"
     large.write_bytes(small.read_bytes() * 3)
-    texts = list(tokenizer_command.training_texts([small, large], "text", 8000))
+    texts = list(tokenizer_command.training_texts([small, large], "text", 8000, tokenizer_command.LeftOut()))
     sizes = [len(text.encode()) for text in texts]
     second = texts.index(texts[0], 1)  # both begin with the same document
     assert 2000 - max(sizes) < sum(sizes[:second]) <= 2000
@@ -178,10 +183,21 @@ def test_wrong_use_is_refused(command, files, byte_level, tmp_path):
         command(
             "train", "--input", tmp_path / "gone*", "--kind", "huggingface", "--vocab-size", 400, "--output", tmp_path / "x"
         )
-    with pytest.raises(DataError, match="--max-mb is 0"):
-        command(
-            "train", "--input", data, "--kind", "huggingface", "--vocab-size", 400, "--output", tmp_path / "x", "--max-mb", 0
-        )
+    for size in ("0", "nan", "inf"):
+        with pytest.raises(DataError, match=f"--max-mb is {size}"):
+            command(
+                "train",
+                "--input",
+                data,
+                "--kind",
+                "huggingface",
+                "--vocab-size",
+                400,
+                "--output",
+                tmp_path / "x",
+                "--max-mb",
+                size,
+            )
     with pytest.raises(DataError, match="either --input with files or a recipe"):
         command("report", "--tokenizer", byte_level.path)
     with pytest.raises(DataError, match="--tokenizer is missing"):
