@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from data_prep.optional import need
 from data_prep.text_files import (
+    DAMAGED,
     MAX_LINE_BYTES,
     DamagedFile,
     Reason,
@@ -367,7 +368,7 @@ class BlockReader:
         except DamagedFile as error:
             self._tail = 0  # half a line is no document; the entry stands for it
             self._place += 1
-            self._block.bad.append((self._place, Reason("damaged file", text=str(error))))
+            self._block.bad.append((self._place, Reason(DAMAGED, text=str(error))))
         finally:
             if source is not None:
                 source.close()
@@ -479,5 +480,5 @@ class BlockReader:
                     yield self._take()
         except (DamagedFile, OSError) as error:
             self._place += 1
-            self._block.bad.append((self._place, Reason("damaged file", text=str(error))))
+            self._block.bad.append((self._place, Reason(DAMAGED, text=str(error))))
         self._block.read_bytes += piece.end

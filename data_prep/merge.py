@@ -128,8 +128,12 @@ class Merge:
                     out.truncate(self._bytes)
                     out.seek(self._bytes)
                     copied = 0
-                    while size := os.sendfile(out.fileno(), f.fileno(), copied, COPY_BYTES):
-                        copied += size
+                    try:
+                        while size := os.sendfile(out.fileno(), f.fileno(), copied, COPY_BYTES):
+                            copied += size
+                    except OSError as error:
+                        error.filename = str(self.merged)
+                        raise
                     assert copied == record.bytes, f"{source} changed while it was copied"
                     # On disk before the shard's own file goes.
                     os.fsync(out.fileno())

@@ -83,8 +83,13 @@ def stem(folder: str, number: int) -> Path:
 @contextlib.contextmanager
 def _new(path: Path) -> Iterator[IO[bytes]]:
     """A file that appears when it is complete. It need not be on disk then: who finds it compares its digest with the record's."""
-    with open(temporary_name(path), "wb") as f:
-        yield f
+    try:
+        with open(temporary_name(path), "wb") as f:
+            yield f
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)  # a failed write does not say of what
+        raise
     os.replace(temporary_name(path), path)
 
 

@@ -30,6 +30,8 @@ UTF8_BOM = b"\xef\xbb\xbf"
 MAX_BAD_PERCENT = 1.0
 """More bad lines than this, and more than MAX_BAD_FREE, mean a wrong file or text key, not a few bad lines: whoever reads a source refuses."""
 MAX_BAD_FREE = 10
+DAMAGED = "damaged file"
+"""Kind of a reason that stands for all that a file held beyond it."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from data_prep.plain_files import atomic_write, digest_of, exclusive_lock, remov
 from data_prep.progress import Progress, Silent
 from data_prep.reading_process import Early
 from data_prep.shards import Job, OnProgress, open_shard, run_in_worker, run_shard, start_worker
-from data_prep.text_files import MAX_BAD_FREE, MAX_BAD_PERCENT, is_packed, is_parquet
+from data_prep.text_files import DAMAGED, MAX_BAD_FREE, MAX_BAD_PERCENT, is_packed, is_parquet
 from data_prep.tokens_record import PieceRecord, TokenizedInput, TokensRecord, Written
 
 VERSION = 1
@@ -73,6 +73,7 @@ def tokenize_files(
     memory_mb: int = MEMORY_MB,
     max_bad_percent: float = MAX_BAD_PERCENT,
     max_bad_free: int = MAX_BAD_FREE,
+    max_damaged_files: int = 0,
     shard_bytes: int = SHARD_BYTES,
     what: str = "",
     progress: Progress | None = None,
@@ -81,7 +82,8 @@ def tokenize_files(
     """Tokenize `paths` (JSON lines, plain, .gz or .zst, and Parquet), in order, into <prefix>.bin/.idx and <prefix>.json.
 
     Every document is one sequence, followed by the end-of-document id (`append_eod`). Lines that are no document are listed in
-    <prefix>.quarantine.jsonl; DataError when there are more than `max_bad_free` and `max_bad_percent` of them, and no output then.
+    <prefix>.quarantine.jsonl; DataError when there are more than `max_bad_free` and `max_bad_percent` of them, and no output then. So
+    is it for more than `max_damaged_files` files that cannot be read to their end, of which nobody knows how much is missing.
     `control_tokens`: a document that spells a control token gets its id (as_ids, what Megatron's preprocess_data.py does, which also
     adds what the tokenizer's post-processor adds), or ordinary tokens (as_text).
 
@@ -89,6 +91,10 @@ def tokenize_files(
     is up to date and intact is left alone. `what` names the job in messages; `early` has begun to read, perhaps.
     """
     progress = progress or Silent()
+    if not prefix.name:
+        raise DataError(f"--output {prefix}: no name to which .bin and .idx could be added; use e.g. {prefix / 'tokens'}")
+    if not 0 <= max_bad_percent <= 100:
+        raise DataError(f"--max-bad-percent is {max_bad_percent:g}; use a number from 0 to 100")
     if memory_mb < MEMORY_MB_MIN:
         raise DataError(f"a memory budget of {memory_mb} MB per process is too small; give it at least {MEMORY_MB_MIN}")
     inputs = _inputs(paths)
@@ -123,7 +129,7 @@ def tokenize_files(
             inputs=inputs,
             digest=digest,
             progress=progress,
-            limit=(max_bad_percent, max_bad_free),
+            limit=(max_bad_percent, max_bad_free, max_damaged_files),
             plan=plan_shards([(file.path, file.bytes) for file in inputs], shard_bytes),
             workers=workers,
             early=early or Early(),
@@ -168,7 +174,7 @@ class _Run:
         inputs: list[InputStat],
         digest: str,
         progress: Progress,
-        limit: tuple[float, int],
+        limit: tuple[float, int, int],
         plan: list[list[Piece]],
         workers: int,
         early: Early,
@@ -262,7 +268,7 @@ class _Run:
             first = merge.write_quarantine(f, [file.path for file in self.inputs])
         if not bad.total():
             quarantine.unlink()
-        self._refuse(documents, bad.total() - empty, empty, first)
+        self._refuse(documents, bad.total() - empty, empty, bad[DAMAGED], first)
         bin_file, idx_file = bin_path(self.prefix), idx_path(self.prefix)
         idx_file.unlink(missing_ok=True)  # the one of before would describe another .bin for a moment
         merge.sync()
@@ -300,10 +306,17 @@ class _Run:
         merge.remove_folder()
         return final
 
-    def _refuse(self, documents: int, bad: int, empty: int, first: dict[str, Any] | None) -> None:
+    def _refuse(self, documents: int, bad: int, empty: int, damaged: int, first: dict[str, Any] | None) -> None:
         lines = documents + bad + empty
-        percent, free = self.limit
+        percent, free, files = self.limit
         where = f"{first['file']}, line {first['line']}: {first['reason']}" if first else ""
+        if damaged > files:
+            self._leave_no_output()
+            raise DataError(
+                f"{self.name}: {damaged} of {len(self.inputs)} files cannot be read to their end, and nobody knows what is missing; they are "
+                f"listed as damaged in {quarantine_path(self.prefix)}; restore them, leave them out of the input, or take what can be "
+                f"read of them (--max-damaged-files {damaged})"
+            )
         if bad > free and bad > lines * percent / 100:
             self._leave_no_output()
             raise DataError(

@@ -58,6 +58,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         metavar="PERCENT",
         help="refuse when more lines than this are no documents (default: 1)",
     )
+    parser.add_argument(
+        "--max-damaged-files",
+        type=int,
+        metavar="N",
+        help="refuse when more files than this cannot be read to their end (default: 0)",
+    )
     return parser
 
 
@@ -73,7 +79,9 @@ def run(args: argparse.Namespace) -> int:
     if workers < 1:
         raise DataError(f"--workers is {workers}; use at least 1")
     paths = expand(args.input, "--input")
-    is_new = not any(args.output.with_name(args.output.name + suffix).exists() for suffix in (".json", ".shards"))
+    is_new = args.output.name and not any(
+        args.output.with_name(args.output.name + suffix).exists() for suffix in (".json", ".shards")
+    )
     with Early.start(paths, args.text_key) if is_new and workers <= THREADS_PER_PROCESS else Early() as early:
         return _tokenize(args, paths, workers, early)
 
@@ -85,7 +93,7 @@ def _tokenize(args: argparse.Namespace, paths: list[Path], workers: int, early: 
     from data_prep.tokenizer_facts import facts
 
     progress = Shown()
-    given = {"memory_mb": args.memory_mb, "max_bad_percent": args.max_bad_percent}
+    given = {name: getattr(args, name) for name in ("memory_mb", "max_bad_percent", "max_damaged_files")}
     record = tokenize_files.tokenize_files(
         paths,
         facts(args.tokenizer),

@@ -53,6 +53,9 @@ def test_the_command_says_what_it_did(tmp_path, folder, capsys):
         (("--workers", 0), "--workers is 0"),
         (("--memory-mb", 5), "5 MB"),
         (("--input", "no*"), "nothing matches"),
+        (("--output", ""), "no name to which .bin and .idx could be added; use e.g. tokens"),
+        (("--max-bad-percent", "nan"), "--max-bad-percent is nan; use a number from 0 to 100"),
+        (("--max-bad-percent", "-1"), "--max-bad-percent is -1"),
     ):
         with pytest.raises(DataError, match=message):
             run(*arguments, *wrong)

@@ -308,7 +308,12 @@ def test_broken_files_do_not_stop_a_run(tmp_path, tokenizer):
     parquet = tmp_path / "c.parquet"
     parquet.write_bytes(b"PAR1")
     last = tokenizing.jsonl(tmp_path / "d.jsonl", ["the last"])
-    record = run([good, gz, parquet, last], tokenizer, tmp_path / "out")
+    with pytest.raises(
+        DataError, match=r"2 of 4 files cannot be read to their end.*out.quarantine.jsonl.*--max-damaged-files 2"
+    ):
+        run([good, gz, parquet, last], tokenizer, tmp_path / "out", max_damaged_files=1)
+    assert not (tmp_path / "out.idx").exists()
+    record = run([good, gz, parquet, last], tokenizer, tmp_path / "out", max_damaged_files=2)
     assert 100 < record.documents < 431
     assert [(e["file"], "lost" in e["reason"]) for e in quarantine(tmp_path / "out")] == [(str(gz), True), (str(parquet), True)]
     assert record.bad == {"damaged file": 2}
