@@ -12,6 +12,7 @@ import yaml
 from recipes.compose import TREE, compose, known_options
 from recipes.flops import parameters
 from recipes.lint import lint
+from recipes.lint_memory import phase_memory
 from recipes.schema import Recipe
 
 GRANITE = ("granite_4_1_3b", "granite_4_1_8b", "granite_4_1_30b")
@@ -25,7 +26,7 @@ PROVENANCE = re.compile(r"#.*\[(published|granite-3\.0|derived|assumed(: [^\]]+)
 def test_the_lists_of_this_test_are_complete() -> None:
     assert set(known_options("curriculum")) == {*LARGE, "smoke"}
     assert set(known_options("model")) == {*GRANITE, "tiny"}
-    assert set(known_options("precision")) == {"fp32", *HOPPER, *BLACKWELL}  # fp32 is for CPUs
+    assert set(known_options("precision")) == {"fp32", "bf16_gradients", *HOPPER, *BLACKWELL}  # fp32 is for CPUs
 
 
 @pytest.mark.parametrize(("curriculum", "model"), list(itertools.product(LARGE, GRANITE)))
@@ -35,6 +36,16 @@ def test_every_curriculum_model_and_precision_is_clean_on_h100(curriculum: str, 
         assert lint(recipe) == [], precision
         assert all(p.parallel.name.startswith(f"{model}/") for p in recipe.phase.values())
         assert all(p.precision.name == precision for p in recipe.phase.values())
+
+
+def test_gradients_and_optimizer_states_in_bf16_are_choices(five_phase: Recipe) -> None:
+    recipe = compose(["precision=bf16_gradients", "optimizer=adamw_precision_aware"])
+    assert lint(recipe) == []
+    smaller, usual = (phase_memory(r, p, p.parallel) for r in (recipe, five_phase) for p in [r.phase["foundation"]])
+    assert usual.gradients_bytes == 2 * smaller.gradients_bytes
+    assert usual.optimizer_bytes == pytest.approx(12 / 8 * smaller.optimizer_bytes, rel=1e-3)
+    assert smaller.optimizer_step_bytes == 0
+    assert {phase.precision.name for phase in recipe.phase.values()} == {"bf16_gradients"}
 
 
 @pytest.mark.parametrize("precision", BLACKWELL)
