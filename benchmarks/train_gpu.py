@@ -116,7 +116,7 @@ def markdown(peaks: dict[str, float], rows: list[dict[str, Any]], machine: dict[
         size = case.model + ("" if case.layers is None else f", {case.layers} layers")
         notes = [f"recompute {case.recompute}"] if case.recompute != "none" else []
         notes += [f"loss in chunks of {case.loss_chunk_tokens}"] if case.loss_chunk_tokens else []
-        notes += [case.low_memory.replace("_", " ")] if case.low_memory else []
+        notes += ["16-bit state"] if case.small_state else []
         notes += case.extra
         cells = [
             case.program,

@@ -6,6 +6,8 @@ import pytest
 
 from benchmarks import train_gpu
 from benchmarks.train_gpu_cases import GRANITE, LLAMA, SUITES, Case, plain, suite
+from recipes.lint_memory import memory_rules
+from recipes.lint_optimizer import optimizer_rules
 from training.arguments import compile_phase
 
 
@@ -71,8 +73,19 @@ def test_bars(tmp_path):
     assert verdicts["fp8_delayed, times bf16"] == ("-", "not measured")
     assert verdicts["Llama 3 8B, fp8_tensorwise, TFLOP/s"] == ("-", "not measured")
     text = train_gpu.markdown(peaks, rows, {"date": "2026-11-27"})
-    assert "| quarry | granite_4_1_8b; fp32 grads | bf16 | 8,192 | 16 |" in text
+    assert "| quarry | granite_4_1_8b; loss in chunks of 2048; 16-bit state | bf16 | 8,192 | 16 |" in text
     assert "out of memory" in text
+
+
+def test_whole_models_fit_one_h200_by_the_planners_account(tmp_path):
+    for case in suite("whole"):
+        recipe = case.recipe("h200")
+        phase = recipe.phase["foundation"]
+        assert list(optimizer_rules(recipe, "foundation", phase)) == []
+        assert list(memory_rules(recipe)) == [], case.name
+        arguments = case.arguments(recipe, tmp_path)
+        assert "--grad-reduce-in-bf16" in arguments
+        assert arguments[arguments.index("--exp-avg-dtype") + 1] == "bf16"
 
 
 @pytest.mark.parametrize("name", list(SUITES))
