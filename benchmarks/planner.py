@@ -58,6 +58,10 @@ class Row:
     fitted: bool = True
 
 
+FP32_GRADIENTS = ("dgxc-24.11", "nemo-24.07")
+"""Sources, beside rows with kernels of 2024, whose gradients are taken to be in fp32 [assumed: the default of that time]. Later ones reduce and
+keep them in bf16 [assumed: NeMo 2's and Megatron-Bridge's speed recipes set grad_reduce_in_fp32=False; the memory in a log of DGXC 25.04
+says so, too (docs/planning.md)]."""
 PRECISIONS = {
     "bf16": Precision(name="bf16", dtype="bf16"),
     "fp8": Precision(name="fp8", dtype="bf16", fp8="tensorwise"),
@@ -81,6 +85,7 @@ def read_rows(file: Path = DATA) -> list[Row]:
 
 
 def _row(entry: dict, models: dict[str, Model], sources: dict[str, str]) -> Row:
+    gradients = "fp32" if entry.get("kernels_of_2024") or entry["source"] in FP32_GRADIENTS else "bf16"
     parallel = Parallel(
         name=entry["id"],
         gpus=entry["gpus"],
@@ -96,7 +101,7 @@ def _row(entry: dict, models: dict[str, Model], sources: dict[str, str]) -> Row:
     job = Job(
         model=models[entry["model"]],
         parallel=parallel,
-        precision=PRECISIONS[entry["precision"]],
+        precision=PRECISIONS[entry["precision"]].model_copy(update={"gradients_dtype": gradients}),
         seq_length_tokens=entry["seq"],
         global_batch_samples=entry["batch"],
         gpu=GPUS[entry["gpu"]],

@@ -60,6 +60,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     search.add_argument(
         "--seq-length", type=_length, nargs="+", metavar="TOKENS", help="lengths in its place, such as 8192 or 64K"
     )
+    search.add_argument(
+        "--offload", action="store_true", help="also keep activations on the host, at speeds that only data sheets say"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--search", action="store_true", help="rank all valid layouts of a phase by predicted speed, and say why others fail"
@@ -79,8 +82,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.plot and args.plot.suffix.lstrip(".") not in PLOT_FORMATS:
         raise RecipeError(f"--plot {args.plot}: unknown kind of picture; end the name in one of .{', .'.join(PLOT_FORMATS)}")
-    for name in ("stage", "gpus", "seq_length"):
-        if getattr(args, name) is not None and not args.search:
+    for name in ("stage", "gpus", "seq_length", "offload"):
+        if getattr(args, name) not in (None, False) and not args.search:
             option = "--" + name.replace("_", "-")
             raise RecipeError(f"{option}: it says what layouts are searched for; add --search, or leave it out")
     overrides = [*args.overrides, *([f"cluster.gpu={args.gpu}"] if args.gpu else [])]
@@ -112,12 +115,14 @@ def _search(recipe: Recipe, args: argparse.Namespace) -> int:
     """The recipe itself need not pass the linter: a layout that it refuses is why one searches."""
     from rich.console import Console
 
-    from recipes.search import as_data, print_search, search, with_stage
+    from recipes.search import search, with_stage
+    from recipes.search_text import as_data, print_search
 
     stage = args.stage or next((s for s in recipe.stages if s in recipe.phase), "")
     gpus = args.gpus if args.gpus is not None else recipe.phase[stage].parallel.gpus if stage in recipe.phase else 1
     results = [
-        search(with_stage(recipe, stage, gpus=gpus, seq_length_tokens=length), stage) for length in args.seq_length or [None]
+        search(with_stage(recipe, stage, gpus=gpus, seq_length_tokens=length), stage, offload=args.offload)
+        for length in args.seq_length or [None]
     ]
     if args.json:
         print(json.dumps([as_data(result) for result in results], indent=1))

@@ -105,7 +105,8 @@ def chunk_bytes(
     `fp8_layers` says of each layer of the chunk whether it computes in FP8.
     """
     engine = {"transformer_engine": transformer_engine}
-    whole = [layer_bytes(model, parallel, precision, tokens, fp8=fp8, **engine) for fp8 in fp8_layers]
+    sizes = {fp8: layer_bytes(model, parallel, precision, tokens, fp8=fp8, **engine) for fp8 in set(fp8_layers)}
+    whole = [sizes[fp8] for fp8 in fp8_layers]
     one = layer_input_bytes(model, parallel, precision, tokens)
     if parallel.recompute == "full":
         count = parallel.recompute_num_layers or 1
@@ -116,10 +117,7 @@ def chunk_bytes(
     again = 0
     if parallel.recompute == "selective":
         without = parallel.model_copy(update={"recompute": "none"})
-        again = max(
-            layer_bytes(model, without, precision, tokens, fp8=fp8, **engine) - kept
-            for fp8, kept in zip(fp8_layers, whole, strict=True)
-        )
+        again = max(layer_bytes(model, without, precision, tokens, fp8=fp8, **engine) - kept for fp8, kept in sizes.items())
     if parallel.offload_layers:
         away = whole[: parallel.offload_layers]
         return sum(sorted(away)[-OFFLOAD_LAYERS_IN_FLIGHT:]) + sum(whole[parallel.offload_layers :]), max(0, again)

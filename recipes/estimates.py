@@ -14,6 +14,7 @@ from recipes import grpo_stage, sft_stage
 from recipes.ab_arms import ARMS, arm_phase
 from recipes.flops import flops_per_token
 from recipes.gpus import GPUS, Gpu
+from recipes.job_options import Optimizer
 from recipes.memory import rank_memory
 from recipes.schema import Phase, Recipe
 from recipes.throughput import Job, StepTime, step_time
@@ -96,16 +97,18 @@ def job_of(recipe: Recipe, phase: Phase, gpu: Gpu) -> Job:
     )
 
 
-def job_memory_bytes(recipe: Recipe, job: Job) -> int:
-    """Bytes of the fullest rank. The first pipeline stage has the embedding and most micro batches in flight, the last the logits: one of
-    them is the fullest."""
+def job_memory_bytes(recipe: Recipe, job: Job, optimizer: Optimizer | None = None) -> int:
+    """Bytes of the fullest rank; `optimizer` is a phase's own, None: the recipe's.
+
+    The first pipeline stage has the embedding and most micro batches in flight, the last the logits: one of them is the fullest.
+    """
     ranks = {0, job.parallel.pipeline - 1}
     return max(
         rank_memory(
             job.model,
             job.parallel,
             job.precision,
-            recipe.optimizer,
+            optimizer or recipe.optimizer,
             seq_length_tokens=job.seq_length_tokens,
             micro_batches=max(1, int(job.micro_batches)),
             pipeline_rank=rank,
@@ -148,7 +151,7 @@ def estimate(
         kind,
         unknown,
         gpus=phase.parallel.gpus,
-        memory_bytes=job_memory_bytes(recipe, job),
+        memory_bytes=job_memory_bytes(recipe, job, phase.optimizer),
         flops_per_token=flops,
         tokens=tokens,
         steps=steps,
@@ -175,7 +178,7 @@ def _gate(recipe: Recipe, stage: str, gpu: Gpu, price: float) -> StageEstimate:
         stage,
         "ab",
         gpus=gpus,
-        memory_bytes=max(job_memory_bytes(recipe, job) for job in jobs),
+        memory_bytes=max(job_memory_bytes(recipe, job, phase.optimizer) for job, phase in zip(jobs, phases, strict=True)),
         flops_per_token=flops,
         tokens=tokens,
         steps=len(phases) * steps,

@@ -26,6 +26,8 @@ class Gpu:
     """Of one GPU to other nodes."""
     host_bytes_per_second: float
     """Of one GPU to the host's memory."""
+    host_memory_bytes: int
+    """A GPU's part of the host's memory."""
     nvlink_domain_gpus: int
     price_per_hour: float
     """US dollars per GPU-hour [assumed: a round figure of what clouds ask on contract; `--price-per-gpu-hour` sets yours]."""
@@ -43,6 +45,7 @@ GPUS = {
         nvlink_bytes_per_second=450e9,  # [datasheet] 900 GB/s in both directions
         network_bytes_per_second=50e9,  # [datasheet] DGX H100: a 400 Gb/s adapter per GPU
         host_bytes_per_second=64e9,  # [datasheet] PCIe 5.0 x16: 128 GB/s in both directions
+        host_memory_bytes=256_000_000_000,  # [datasheet] DGX H100: 2 TB for 8 GPUs
         nvlink_domain_gpus=8,  # [datasheet] DGX H100
         price_per_hour=2.5,
         architecture="hopper",
@@ -56,6 +59,7 @@ GPUS = {
         nvlink_bytes_per_second=450e9,  # [datasheet] 900 GB/s in both directions
         network_bytes_per_second=50e9,  # [datasheet] DGX H200: a 400 Gb/s adapter per GPU
         host_bytes_per_second=64e9,  # [datasheet] PCIe 5.0 x16: 128 GB/s in both directions
+        host_memory_bytes=256_000_000_000,  # [datasheet] DGX H200: 2 TB for 8 GPUs
         nvlink_domain_gpus=8,  # [datasheet] DGX H200
         price_per_hour=3.0,
         architecture="hopper",
@@ -69,6 +73,7 @@ GPUS = {
         nvlink_bytes_per_second=900e9,  # [datasheet] 1.8 TB/s in both directions
         network_bytes_per_second=50e9,  # [datasheet] DGX B200: a 400 Gb/s adapter per GPU
         host_bytes_per_second=64e9,  # [datasheet] PCIe 5.0 x16: 128 GB/s in both directions
+        host_memory_bytes=256_000_000_000,  # [datasheet] DGX B200: 2 TB for 8 GPUs, or 4
         nvlink_domain_gpus=8,  # [datasheet] DGX B200
         price_per_hour=5.0,
         architecture="blackwell",
@@ -82,6 +87,7 @@ GPUS = {
         nvlink_bytes_per_second=900e9,  # [datasheet] 1.8 TB/s in both directions
         network_bytes_per_second=50e9,  # [datasheet] a 400 Gb/s adapter per GPU, as in the cluster that IBM describes
         host_bytes_per_second=225e9,  # [derived] NVLink-C2C, 900 GB/s in both directions for the two GPUs of a Grace
+        host_memory_bytes=240_000_000_000,  # [datasheet] GB200: 480 GB of LPDDR5X for two GPUs
         nvlink_domain_gpus=72,  # [datasheet] NVL72
         price_per_hour=6.0,
         architecture="blackwell",

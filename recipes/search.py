@@ -1,17 +1,21 @@
 """Search for layouts: every valid way to lay one stage over so many GPUs, those that cannot be and why, and the rest by predicted speed.
 
 What must divide what is the linter's (recipes/lint_layout.py), memory recipes/memory.py's, speed recipes/throughput.py's. A shape is tensor
-x pipeline x context; of each shape the fastest variant that fits is ranked: micro batch, virtual stages, recomputation. Settings that are never
-better are not tried: tensor parallelism without sequence parallelism (as much communication, more memory) and reductions that do not overlap.
+x pipeline x context; of each shape the fastest variant that fits is ranked: micro batch, virtual stages, way of context parallelism (ring,
+gather, all-to-all), and what is done for memory (recomputation of the MLP, of some layers or of all, loss in chunks, offload).
+Settings that are never better are not tried: tensor parallelism without sequence parallelism (as much communication, more memory) and
+reductions that do not overlap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
-from recipes.estimates import PART_NAMES, gpu_of, job_memory_bytes, job_of, slowest_parts
+from recipes.activations import layer_bytes, rank_tokens
+from recipes.estimates import gpu_of, job_memory_bytes, job_of
 from recipes.gpus import Gpu
 from recipes.job_options import Parallel
 from recipes.lint_layout import phase_layout_rules
@@ -19,23 +23,18 @@ from recipes.problem import Problem
 from recipes.schema import Phase, Recipe, RecipeError
 from recipes.throughput import Job, StepTime, step_time
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-FORMAT = "quarry.search/1"
 TENSOR = (1, 2, 4, 8, 16)
 CONTEXT = (1, 2, 4, 8, 16, 32, 64)
 PIPELINE_AT_MOST = 16
 MICRO_BATCHES = (1, 2, 4, 8)
-RECOMPUTE: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("no recompute", {"recompute": "none"}),
-    ("MLP again", {"recompute": "selective", "recompute_modules": ["mlp"]}),
-    ("full recompute", {"recompute": "full", "recompute_num_layers": 1}),
-)
-"""What of a layer is computed again, from nothing to all of it: (words, values of the layout)."""
+MLP_AGAIN: dict[str, Any] = {"recompute": "selective", "recompute_modules": ["mlp"]}
+FULL: dict[str, Any] = {"recompute": "full", "recompute_num_layers": 1}
+HOST_MEMORY_SHARE = 0.5
+"""Of a GPU's part of the host's memory, what offloaded activations may fill [assumed: the rest for data, saves and the page cache]."""
 CHUNKED = ", loss in chunks"
 CHUNKED_LOSS_TOKENS = 4096
 """Tokens per chunk of the loss, where logits of a whole micro batch do not fit [assumed: large enough for full-size products]."""
+CHUNKS = {"loss_chunk_tokens": CHUNKED_LOSS_TOKENS}
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,8 @@ class Candidate:
     job: Job
     memory_bytes: int
     time: StepTime
-    recompute: str
-    """Words of RECOMPUTE."""
+    saving: str
+    """What is done for memory, in words: 'no recompute', 'MLP again, loss in chunks', '7 layers on the host' ..."""
 
     @property
     def layout(self) -> Parallel:
@@ -81,12 +80,15 @@ class SearchResult:
     seq_length_tokens: int
     global_batch_samples: int
     considered: int
-    """Layouts looked at, micro batches included; of each the least recomputation that fits is searched for."""
+    """Layouts looked at, micro batches included; of each the fastest way of context parallelism and of saving memory is searched for."""
     fitting: int
+    """Of these, those that fit in some way."""
     ranked: list[Candidate]
     """The fastest of each shape, fastest first."""
     rejected: list[Rejection]
     """What breaks a rule, the most layouts first."""
+    rejected_ways: list[Rejection]
+    """Ways of context parallelism, of layouts that a ring is allowed in."""
     too_large: list[Rejection]
     """What needs more memory than there is, the fastest first."""
     faster: Candidate | None
@@ -116,17 +118,29 @@ def with_stage(recipe: Recipe, stage: str, *, gpus: int, seq_length_tokens: int 
     return recipe.model_copy(update={"phase": {**recipe.phase, stage: phase.model_copy(update=values)}})
 
 
-def search(recipe: Recipe, stage: str, *, tensor_overlap: bool = False, chunked_loss: bool = True) -> SearchResult:
+def search(
+    recipe: Recipe,
+    stage: str,
+    *,
+    tensor_overlap: bool = False,
+    chunked_loss: bool = True,
+    offload: bool = False,
+    ring_only: bool = False,
+) -> SearchResult:
     """Layouts for the phase `stage` over its `parallel.gpus` ranks, on the cluster's GPU. RecipeError on CPU, which has no speed to plan.
 
     `tensor_overlap`: as if Megatron's --tp-comm-overlap were on, as in NVIDIA's runs; Quarry's arguments leave it off. `chunked_loss`: whether
-    Quarry's loss in chunks of tokens, which NVIDIA's runs do not have, may be used where a layout does not fit without.
+    Quarry's loss in chunks of tokens, which NVIDIA's runs do not have, may be used where a layout does not fit without. `offload`:
+    whether activations may wait on the host; how fast that is follows from data sheets alone, no published run says. `ring_only`:
+    context parallelism as in all published runs.
     The result is the same for the same recipe: ties go to less memory, then to the smaller sizes.
     """
     gpu, phase = gpu_of(recipe), recipe.phase[stage]
     if gpu is None:
         raise RecipeError(f"cluster.gpu = {recipe.cluster.gpu}: layouts are searched for GPUs; name one, e.g. --gpu h100")
-    found = _Search(recipe, stage, gpu, tensor_overlap=tensor_overlap, chunked_loss=chunked_loss)
+    found = _Search(
+        recipe, stage, gpu, tensor_overlap=tensor_overlap, chunked_loss=chunked_loss, offload=offload, ring_only=ring_only
+    )
     found.run()
     best: dict[tuple[int, int, int], Candidate] = {}
     for candidate in sorted(found.fitting, key=_order):
@@ -134,7 +148,6 @@ def search(recipe: Recipe, stage: str, *, tensor_overlap: bool = False, chunked_
     ranked = list(best.values())
     fastest = ranked[0].speed if ranked else 0.0
     faster = [candidate for candidate in found.too_large if candidate.speed > fastest]
-    rules = [Rejection(family, reason, count) for (family, reason), count in found.refused.items()]
     return SearchResult(
         stage=stage,
         gpu=gpu,
@@ -142,29 +155,47 @@ def search(recipe: Recipe, stage: str, *, tensor_overlap: bool = False, chunked_
         seq_length_tokens=phase.seq_length_tokens,
         global_batch_samples=phase.global_batch_samples,
         considered=found.considered,
-        fitting=len(found.fitting),
+        fitting=found.layouts_that_fit,
         ranked=ranked,
-        rejected=sorted(rules, key=lambda r: (-r.layouts, r.family)),
+        rejected=_most_first(found.refused),
+        rejected_ways=_most_first(found.refused_ways),
         too_large=list(found.too_large_families()),
         faster=min(faster, key=_order, default=None),
     )
 
 
+def _most_first(refused: dict[tuple[str, str], int]) -> list[Rejection]:
+    return sorted((Rejection(*family, count) for family, count in refused.items()), key=lambda r: (-r.layouts, r.family))
+
+
 def _order(candidate: Candidate) -> tuple:
     layout = candidate.layout
-    sizes = (*candidate.shape, layout.virtual_pipeline or 1, layout.micro_batch_samples, candidate.recompute)
+    kind = layout.context_communication
+    sizes = (*candidate.shape, layout.virtual_pipeline or 1, layout.micro_batch_samples, candidate.saving, kind)
     return (-candidate.speed, candidate.memory_bytes, sizes)
 
 
 class _Search:
     """Looks at layouts one by one and sorts them: refused, too large, fitting."""
 
-    def __init__(self, recipe: Recipe, stage: str, gpu: Gpu, *, tensor_overlap: bool, chunked_loss: bool) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: str,
+        gpu: Gpu,
+        *,
+        tensor_overlap: bool,
+        chunked_loss: bool,
+        offload: bool,
+        ring_only: bool,
+    ) -> None:
         self.recipe, self.stage, self.phase, self.gpu = recipe, stage, recipe.phase[stage], gpu
-        self.tensor_overlap, self.chunked_loss = tensor_overlap, chunked_loss
-        self.considered = 0
+        self.job = replace(job_of(recipe, self.phase, gpu), tensor_overlap=tensor_overlap)
+        self.chunked_loss, self.offload, self.ring_only = chunked_loss, offload, ring_only
+        self.considered = self.layouts_that_fit = 0
         self.refused: dict[tuple[str, str], int] = {}
         """(family, reason) -> layouts"""
+        self.refused_ways: dict[tuple[str, str], int] = {}
         self.fitting: list[Candidate] = []
         self.too_large: list[Candidate] = []
 
@@ -176,7 +207,7 @@ class _Search:
     def _layouts(self) -> Iterator[Parallel]:
         """With one sample per micro batch and no recomputation."""
         layers, gpus = self.recipe.model.num_layers, self.phase.parallel.gpus
-        nvlink = job_of(self.recipe, self.phase, self.gpu).nvlink_gpus
+        nvlink = self.job.nvlink_gpus
         for tensor in TENSOR:
             if tensor > gpus:
                 continue
@@ -211,40 +242,110 @@ class _Search:
     def _allowed(self, layout: Parallel) -> bool:
         """Whether the linter has no objection; its first is counted."""
         self.considered += 1
+        return self._no_objection(layout, self.refused)
+
+    def _no_objection(self, layout: Parallel, refused: dict[tuple[str, str], int]) -> bool:
         phase = self.phase.model_copy(update={"parallel": layout})
         problem = next(phase_layout_rules(self.recipe, self.stage, phase), None)
         if problem is not None:
             family = _family_of(problem, phase)
-            self.refused[family] = self.refused.get(family, 0) + 1
+            refused[family] = refused.get(family, 0) + 1
         return problem is None
 
     def _variants(self, layout: Parallel) -> None:
-        """Micro batches of one layout, each with the least recomputation that fits: more would only be slower. A larger micro batch is not
-        tried once a smaller one does not fit."""
+        """Micro batches of one layout. A larger micro batch is not tried once a smaller one does not fit."""
+        ways = [layout, *self._other_communications(layout)]
         for micro in MICRO_BATCHES:
-            larger = layout.model_copy(update={"micro_batch_samples": micro})
-            if micro > 1 and not self._allowed(larger):
+            larger = [way.model_copy(update={"micro_batch_samples": micro}) for way in ways]
+            if (micro > 1 and not self._allowed(larger[0])) or not self._any_fits(larger):
                 return
-            for words, values in RECOMPUTE:
-                if self._fits(larger, values, words):
-                    break
-                chunks = {**values, "loss_chunk_tokens": CHUNKED_LOSS_TOKENS}
-                if self._chunks_help(larger) and self._fits(larger, chunks, words + CHUNKED):
-                    break
-            else:
-                return
+            self.layouts_that_fit += 1
+
+    def _other_communications(self, layout: Parallel) -> Iterator[Parallel]:
+        """The layout with other ways of context parallelism than a ring, where the linter allows them."""
+        if layout.context == 1 or self.ring_only:
+            return
+        levels = [[dealt, layout.context // dealt] for dealt in CONTEXT if 1 < dealt < layout.context]
+        two = [{"context_communication": "a2a+p2p", "context_hierarchy": each} for each in levels]
+        for way in ({"context_communication": "all_gather"}, {"context_communication": "a2a"}, *two):
+            other = layout.model_copy(update=way)
+            if self._no_objection(other, self.refused_ways):
+                yield other
+
+    def _any_fits(self, ways: list[Parallel]) -> bool:
+        """Whether a layout and micro batch fits in one of its ways of context parallelism.
+
+        Where one fits as it is, only those that would be faster are tried with less memory: computing the MLP again, or the fewest layers
+        that are enough, or having these on the host; more would only be slower. Where nothing helps, everything is computed again.
+        """
+        fits, faster = False, []
+        for way in sorted(ways, key=lambda way: step_time(replace(self.job, parallel=way)).total):
+            fits = self._fits_with_chunks(way, "no recompute")
+            if fits:
+                break
+            faster.append(way)
+        for way in faster:
+            fits |= self._fits_with_chunks(way.model_copy(update=MLP_AGAIN), "MLP again")
+            for chunks in ({}, CHUNKS) if self._chunks_help(way) else ({},):
+                fits |= self._fits_with_some_layers(way.model_copy(update=chunks), CHUNKED if chunks else "")
+        if not fits:
+            fits = any([self._fits_with_chunks(way.model_copy(update=FULL), "full recompute") for way in faster])
+        return fits
+
+    def _fits_with_some_layers(self, layout: Parallel, chunked: str) -> bool:
+        """The fewest layers, of each pipeline stage or chunk, that make it fit when computed again; and when kept on the host."""
+        layers, fits = self.recipe.model.num_layers, False
+        per_chunk = layers // (layout.pipeline * (layout.virtual_pipeline or 1))
+
+        def again(count: int) -> Parallel:
+            values = {"recompute": "full", "recompute_method": "block", "recompute_num_layers": count}
+            return layout.model_copy(update=values)
+
+        if count := self._fewest(per_chunk - 1, again):
+            of = "stage" if layout.virtual_pipeline is None else "chunk"
+            words = f"{count} of {per_chunk} layers{f' a {of}' if layout.pipeline > 1 else ''} again{chunked}"
+            fits |= self._fits(again(count), words)
+        if self.offload and layout.pipeline == 1:  # Megatron offloads without a pipeline only
+
+            def away(count: int) -> Parallel:
+                return layout.model_copy(update={"offload_layers": count})
+
+            tokens = rank_tokens(layout, self.phase.seq_length_tokens, layout.micro_batch_samples)
+            each = layer_bytes(self.recipe.model, layout, self.phase.precision, tokens, fp8=False)
+            room = int(HOST_MEMORY_SHARE * self.gpu.host_memory_bytes // each)
+            if count := self._fewest(min(layers - 1, room), away):
+                fits |= self._fits(away(count), f"{count} layers on the host{chunked}")
+        return fits
+
+    def _fewest(self, most: int, layout: Callable[[int], Parallel]) -> int | None:
+        """The least of 1..most with which `layout` fits; None: not even `most`."""
+
+        def fits(count: int) -> bool:
+            return self._memory_bytes(replace(self.job, parallel=layout(count))) <= self.gpu.memory_bytes
+
+        if most < 1 or not fits(most):
+            return None
+        return bisect_left(range(1, most), True, key=fits) + 1
 
     def _chunks_help(self, layout: Parallel) -> bool:
         tokens = layout.micro_batch_samples * self.phase.seq_length_tokens // layout.context
         return self.chunked_loss and tokens > CHUNKED_LOSS_TOKENS
 
-    def _fits(self, layout: Parallel, values: dict[str, Any], words: str) -> bool:
-        phase = self.phase.model_copy(update={"parallel": layout.model_copy(update=values)})
-        job = replace(job_of(self.recipe, phase, self.gpu), tensor_overlap=self.tensor_overlap)
-        candidate = Candidate(job, job_memory_bytes(self.recipe, job), step_time(job), words)
+    def _fits_with_chunks(self, layout: Parallel, words: str) -> bool:
+        """As it is, or with the loss in chunks."""
+        if self._fits(layout, words):
+            return True
+        return self._chunks_help(layout) and self._fits(layout.model_copy(update=CHUNKS), words + CHUNKED)
+
+    def _fits(self, layout: Parallel, words: str) -> bool:
+        job = replace(self.job, parallel=layout)
+        candidate = Candidate(job, self._memory_bytes(job), step_time(job), words)
         fits = candidate.memory_bytes <= self.gpu.memory_bytes
         (self.fitting if fits else self.too_large).append(candidate)
         return fits
+
+    def _memory_bytes(self, job: Job) -> int:
+        return job_memory_bytes(self.recipe, job, self.phase.optimizer)
 
     def too_large_families(self) -> Iterator[Rejection]:
         """Families of recomputation and shape of which no layout fits, the fastest first."""
@@ -253,16 +354,21 @@ class _Search:
         for candidate in sorted(self.too_large, key=_order):
             if _memory_family(candidate) not in fit:
                 families.setdefault(_memory_family(candidate), []).append(candidate)
-        for (recompute, (tensor, pipeline, context)), members in families.items():
+        for (saving, (tensor, pipeline, context)), members in families.items():
             least = min(member.memory_bytes for member in members)
             size = f"{least / 1e9:.0f} GB of {self.gpu.memory_bytes / 1e9:.0f} GB at least"
-            yield Rejection(f"{recompute} at TP {tensor} PP {pipeline} CP {context}", size, len(members))
+            yield Rejection(f"{saving} at TP {tensor} PP {pipeline} CP {context}", size, len(members))
 
 
 def _family_of(problem: Problem, phase: Phase) -> tuple[str, str]:
     """(family, reason) in which a refusal of the linter is counted."""
     layout, last, gpus = phase.parallel, problem.key.rsplit(".", 1)[-1], phase.parallel.gpus
     sizes = {"tensor": "TP", "pipeline": "PP", "virtual_pipeline": "VP", "context": "CP", "micro_batch_samples": "micro batch"}
+    kind = layout.context_communication
+    if last == "context_communication":
+        return kind, problem.rule
+    if kind.startswith("a2a") and last in ("context", "context_hierarchy"):
+        return kind, "the heads of a tensor-parallel rank do not divide by the ranks that would share them"
     if last in sizes:
         return f"{sizes[last]} {problem.value}", problem.rule
     if last == "gpus" and gpus % layout.pipeline:
@@ -282,111 +388,4 @@ def _family_of(problem: Problem, phase: Phase) -> tuple[str, str]:
 
 
 def _memory_family(candidate: Candidate) -> tuple[str, tuple[int, int, int]]:
-    return candidate.recompute.removesuffix(CHUNKED), candidate.shape
-
-
-def explain(result: SearchResult) -> list[str]:
-    """The winner in three lines: where its time goes, what the runner-up loses, what would be faster and does not fit."""
-    if not result.ranked:
-        return ["no layout fits: take more GPUs, a GPU with more memory, or offload_layers in a layout of your own"]
-    first = result.ranked[0]
-    lines = [f"time of {describe(first)}: {slowest_parts(first.time)}"]
-    if len(result.ranked) > 1:
-        second = result.ranked[1]
-        lost = {name: second.time.parts()[name] - seconds for name, seconds in first.time.parts().items()}
-        name = max(lost, key=lost.__getitem__)
-        share = max(0.0, lost[name]) / first.time.total
-        lines.append(
-            f"{describe(second)} is {1 - second.speed / first.speed:.1%} slower, mostly {PART_NAMES[name]} (+{share:.1%} of the step); "
-            "differences below 5% are within the model's error: measure the first few"
-        )
-    if result.faster is None:
-        lines.append("nothing faster was too large for the memory")
-    else:
-        large = result.faster
-        lines.append(
-            f"{describe(large)} would be {large.speed / first.speed - 1:.1%} faster, and needs {large.memory_bytes / 1e9:.0f} of "
-            f"{result.gpu.memory_bytes / 1e9:.0f} GB"
-        )
-    return lines
-
-
-def describe(candidate: Candidate) -> str:
-    """'TP2 PP4x5 CP1 DP64, micro batch 2, no recompute'"""
-    layout = candidate.layout
-    pipeline = f"PP{layout.pipeline}" + (f"x{layout.virtual_pipeline}" if layout.virtual_pipeline else "")
-    sizes = f"TP{layout.tensor} {pipeline} CP{layout.context} DP{layout.data}"
-    return f"{sizes}, micro batch {layout.micro_batch_samples}, {candidate.recompute}"
-
-
-def as_data(result: SearchResult, limit: int = 20) -> dict[str, Any]:
-    """The result as JSON has it (docs/planning.md, "JSON"): the first `limit` shapes, all reasons."""
-
-    def layout(candidate: Candidate) -> dict[str, Any]:
-        return {
-            "layout": candidate.layout.model_dump(),
-            "data": candidate.layout.data,
-            "memory_bytes": candidate.memory_bytes,
-            "tokens_per_second_per_gpu": candidate.speed,
-            "mfu": candidate.time.mfu,
-            "step_parts_seconds": candidate.time.parts(),
-        }
-
-    return {
-        "format": FORMAT,
-        "stage": result.stage,
-        "gpu": result.gpu.name,
-        "gpus": result.gpus,
-        "seq_length_tokens": result.seq_length_tokens,
-        "global_batch_samples": result.global_batch_samples,
-        "considered": result.considered,
-        "fitting": result.fitting,
-        "ranked": [layout(candidate) for candidate in result.ranked[:limit]],
-        "rejected": [asdict(rejection) for rejection in result.rejected],
-        "too_large": [asdict(rejection) for rejection in result.too_large],
-        "explanation": explain(result),
-    }
-
-
-def print_search(result: SearchResult, console: Console, *, shown: int = 8) -> None:
-    """The best shapes, the winner in three lines, and why the others failed."""
-    from rich.table import Table
-
-    gpu, length = result.gpu, result.seq_length_tokens
-    console.print(
-        f"[bold]{result.stage}[/]: {result.global_batch_samples} samples of {length:,} tokens a step on {result.gpus} {gpu.name.upper()}: "
-        f"{result.considered:,} layouts, {result.fitting:,} fit, {len(result.ranked)} shapes",
-        highlight=False,
-    )
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-    for name in ("", "TP", "PP", "VP", "CP", "DP", "micro", "GB", "tok/s/GPU", "MFU", "to the best"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("recompute", no_wrap=True)
-    for place, each in enumerate(result.ranked[:shown], 1):
-        layout = each.layout
-        sizes = (
-            layout.tensor,
-            layout.pipeline,
-            layout.virtual_pipeline or "-",
-            layout.context,
-            layout.data,
-            layout.micro_batch_samples,
-        )
-        slower = each.speed / result.ranked[0].speed - 1
-        figures = (
-            f"{each.memory_bytes / 1e9:.0f}",
-            f"{each.speed:,.0f}",
-            f"{each.time.mfu:.1%}",
-            f"{slower:+.1%}" if place > 1 else "",
-        )
-        table.add_row(str(place), *map(str, sizes), *figures, each.recompute)
-    console.print(table, highlight=False)
-    for line in explain(result):
-        console.print(f"- {line}", highlight=False)
-    for title, rejections in (("too large", result.too_large), ("not allowed", result.rejected)):
-        if rejections:
-            console.print(f"{title}:", highlight=False)
-        for each in rejections[:shown]:
-            console.print(f"- {each.family}: {each.reason} ({each.layouts})", highlight=False)
-        if len(rejections) > shown:
-            console.print(f"- and {len(rejections) - shown} more families (--json has all)", highlight=False)
+    return candidate.saving.removesuffix(CHUNKED), candidate.shape

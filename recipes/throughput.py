@@ -51,16 +51,16 @@ class Constants:
 
 
 CONSTANTS = Constants(
-    matmul_bf16=0.7709,
-    matmul_fp8_hopper=0.7389,
-    matmul_fp8_blackwell=0.6456,
-    attention_hopper=0.5137,
-    attention_hopper_2024=0.3272,
-    attention_blackwell=0.4038,
-    memory=0.7091,
-    links=0.8521,
-    contention=0.2989,
-    tensor_hidden=0.6243,
+    matmul_bf16=0.7495,
+    matmul_fp8_hopper=0.7172,
+    matmul_fp8_blackwell=0.6036,
+    attention_hopper=0.4796,
+    attention_hopper_2024=0.3304,
+    attention_blackwell=0.4076,
+    memory=0.7367,
+    links=0.7526,
+    contention=0.2992,
+    tensor_hidden=0.6034,
 )
 """The fit of `python -m benchmarks.planner` on docs/measurements/published_throughput.yaml; a test fits them again."""
 
@@ -180,8 +180,8 @@ def _product_seconds(
     value = FP8 if fp8 else BF16
     weight, left, right = width_in * width_out, tokens * width_in, tokens * width_out
     forward = work + (value * (left + weight) + BF16 * right) / memory
-    # Gradient of the input, and of the weight, which is added to a gradient in fp32.
-    backward = 2 * work + (value * (2 * right + weight + left) + BF16 * left + 2 * FP32 * weight) / memory
+    # Gradient of the input, and of the weight, which is added to the sum of the step.
+    backward = 2 * work + (value * (2 * right + weight + left) + BF16 * left + 2 * gradient_bytes(job) * weight) / memory
     return forward, backward
 
 
@@ -242,15 +242,23 @@ def _recompute_seconds(job: Job, again: dict[str, float]) -> float:
 
 
 def _offload_seconds(job: Job, constants: Constants, layer: float) -> float:
-    """For an average layer: what a layer saves goes to the host behind the next layer's forward pass and comes back behind a backward pass."""
-    layout, gpu = job.parallel, job.gpu
-    if layout.offload_layers is None:
+    """For an average layer: what waits for activations on their way to the host and back, one layer at a time.
+
+    Transformer Engine 2.17 (cpu_offload.py, DefaultOffloadSynchronizer) sends the first `offload_layers` of a model's layers, each while
+    later ones compute: the n-th must be away before the n-th of the layers that stay begins, and comes back behind the backward passes
+    of as many. `layer` is the time of a layer in both directions, a third of it forward.
+    """
+    layout, gpu, layers = job.parallel, job.gpu, job.model.num_layers
+    away = layout.offload_layers
+    if away is None:
         return 0.0
     tokens = rank_tokens(layout, job.seq_length_tokens, layout.micro_batch_samples)
     saved = layer_bytes(job.model, layout, job.precision, tokens, fp8=job.precision.fp8 is not None)
     transfer = saved / (gpu.host_bytes_per_second * constants.links)
-    exposed = max(0.0, transfer - layer / 3) + max(0.0, transfer - 2 * layer / 3)
-    return exposed * layout.offload_layers / (job.model.num_layers / layout.pipeline)
+    forward, backward = layer / 3, 2 * layer / 3
+    sent = max(0.0, away * transfer - (layers - 2) * forward, transfer - (layers - away - 1) * forward)
+    fetched = max(0.0, away * transfer - (layers - 1) * backward, transfer - (layers - away) * backward)
+    return (sent + fetched) / layers
 
 
 def fp8_share(job: Job) -> float:
@@ -334,6 +342,11 @@ def _pipeline_transfers(job: Job, constants: Constants, micro_batches: float) ->
     return 2 * exposed * transfer
 
 
+def gradient_bytes(job: Job) -> int:
+    """Of one parameter's gradient, as it is accumulated and reduced."""
+    return BF16 if job.precision.gradients_dtype == "bf16" else FP32
+
+
 def rank_parameters(job: Job) -> float:
     """Parameters of the largest pipeline stage of one tensor-parallel rank, roughly: for times, not for memory (recipes/memory.py)."""
     model, layout = job.model, job.parallel
@@ -345,7 +358,7 @@ def rank_parameters(job: Job) -> float:
 
 
 def _data_parallel(job: Job, constants: Constants, body: float) -> float:
-    """Reduce-scatter of fp32 gradients and all-gather of bf16 weights over data and context parallelism, less what they hide behind.
+    """Reduce-scatter of gradients and all-gather of weights over data and context parallelism, less what they hide behind.
 
     With overlap the reduction runs behind the backward pass of the last micro batch and the gather behind the first forward pass.
     Rings over several nodes use the adapters of all GPUs of a node that belong to the group.
@@ -360,7 +373,7 @@ def _data_parallel(job: Job, constants: Constants, body: float) -> float:
         link = constants.links * min(job.gpu.nvlink_bytes_per_second, adapters * job.gpu.network_bytes_per_second)
     moved = rank_parameters(job) * (ranks - 1) / ranks
     gather_bytes = FP8 * fp8_share(job) + BF16 * (1 - fp8_share(job)) if job.precision.fp8_param_gather else BF16
-    reduce, gather = moved * FP32 / link + LATENCY_SECONDS, moved * gather_bytes / link + LATENCY_SECONDS
+    reduce, gather = moved * gradient_bytes(job) / link + LATENCY_SECONDS, moved * gather_bytes / link + LATENCY_SECONDS
     forward = body / (4 if layout.recompute == "full" else 3)
     hidden_reduce = min(reduce, body - forward) if layout.overlap_grad_reduce else 0.0
     hidden_gather = min(gather, forward) if layout.overlap_param_gather else 0.0
@@ -371,5 +384,6 @@ def _optimizer(job: Job, constants: Constants) -> float:
     """Adam over the rank's share of the weights, and reading all gradients once for their norm and once to clear them."""
     layout = job.parallel
     own = rank_parameters(job) / (layout.data * layout.context)
-    traffic = ADAM_BYTES_PER_PARAMETER * own + FP32 * own + FP32 * rank_parameters(job)
+    gradients = gradient_bytes(job) * (own + rank_parameters(job))
+    traffic = ADAM_BYTES_PER_PARAMETER * own + gradients
     return traffic / (job.gpu.memory_bytes_per_second * constants.memory)

@@ -8,6 +8,7 @@ from tests.recipes.conftest import Rule
 
 F = "phase.foundation"
 L128 = "phase.long_128k.parallel"
+TP4_CP8 = {f"{L128}.tensor": 4, f"{L128}.context": 8}
 
 RULES: dict[str, Rule] = {
     "heads share key/value heads evenly": (
@@ -296,7 +297,7 @@ RULES: dict[str, Rule] = {
     ),
     "no sizes for two levels": (
         "five_phase",
-        {f"{L128}.context_communication": "a2a+p2p"},
+        {**TP4_CP8, f"{L128}.context_communication": "a2a+p2p"},
         f"{L128}.context_hierarchy",
         "None",
         "whose product is context 8",
@@ -304,7 +305,7 @@ RULES: dict[str, Rule] = {
     ),
     "sizes that are not CP": (
         "five_phase",
-        {f"{L128}.context_communication": "a2a+p2p", f"{L128}.context_hierarchy": [2, 2]},
+        {**TP4_CP8, f"{L128}.context_communication": "a2a+p2p", f"{L128}.context_hierarchy": [2, 2]},
         f"{L128}.context_hierarchy",
         "[2, 2]",
         "whose product is context 8",
@@ -312,7 +313,7 @@ RULES: dict[str, Rule] = {
     ),
     "a level of one": (
         "five_phase",
-        {f"{L128}.context_communication": "a2a+p2p", f"{L128}.context_hierarchy": [1, 8]},
+        {**TP4_CP8, f"{L128}.context_communication": "a2a+p2p", f"{L128}.context_hierarchy": [1, 8]},
         f"{L128}.context_hierarchy",
         "[1, 8]",
         "two sizes above 1",
@@ -320,7 +321,7 @@ RULES: dict[str, Rule] = {
     ),
     "a2a deals out heads": (
         "five_phase",
-        {f"{L128}.context_communication": "a2a"},
+        {**TP4_CP8, f"{L128}.context_communication": "a2a"},
         f"{L128}.context",
         "8",
         "the 8 heads and 2 key/value heads of a tensor-parallel rank to 8 ranks",
@@ -328,7 +329,7 @@ RULES: dict[str, Rule] = {
     ),
     "a2a inside a level deals out heads": (
         "five_phase",
-        {f"{L128}.context_communication": "a2a+p2p", f"{L128}.context_hierarchy": [4, 2]},
+        {**TP4_CP8, f"{L128}.context_communication": "a2a+p2p", f"{L128}.context_hierarchy": [4, 2]},
         f"{L128}.context_hierarchy",
         "[4, 2]",
         "the 8 heads and 2 key/value heads of a tensor-parallel rank to 4 ranks",
@@ -408,7 +409,7 @@ RULES: dict[str, Rule] = {
     ),
     "a chunk that is everything": (
         "five_phase",
-        {f"{L128}.loss_chunk_tokens": 16384},
+        {**TP4_CP8, f"{L128}.loss_chunk_tokens": 16384},
         f"{L128}.loss_chunk_tokens",
         "16384",
         "only 16384 tokens per rank",
