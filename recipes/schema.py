@@ -320,18 +320,23 @@ class Recipe(Strict):
     @classmethod
     def read(cls, path: Path) -> Recipe:
         """Read a resolved recipe; RecipeError names the file and every wrong key."""
-        try:
-            return cls.model_validate_json(Path(path).read_bytes())
-        except FileNotFoundError:
-            raise RecipeError(f"no resolved recipe at {path}; `quarry launch` writes it") from None
-        except ValidationError as error:
-            raise RecipeError(f"{path}: {describe(error)}") from None
+        return read_strict(cls, Path(path), missing=f"no resolved recipe at {path}; `quarry launch` writes it")
 
 
 def initial_model(recipe: Recipe, stage: str) -> str | None:
     """Folder of the model that `stage` starts from where no stage comes before it; None: it has none."""
     own = recipe.sft.get(stage) or recipe.grpo.get(stage)
     return None if own is None else own.initial
+
+
+def read_strict[Read: Strict](kind: type[Read], path: Path, *, missing: str) -> Read:
+    """The object that a JSON file holds; RecipeError with every wrong key, or `missing` where there is no such file."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise RecipeError(missing) from None
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {describe(error)}") from None
 
 
 def describe(error: ValidationError) -> str:

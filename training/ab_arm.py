@@ -14,15 +14,13 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
 from data_prep.files import write_json
 from data_prep.manifest import HeldoutManifest, MixtureManifest, heldout_path, mixture_path
 from recipes.ab_arms import shortened
 from recipes.ab_options import EmulatedFp8
 from recipes.fields import PositiveInt, Strict
 from recipes.schedules import learning_rate_function
-from recipes.schema import Recipe, RecipeError, describe
+from recipes.schema import Recipe, read_strict
 from training import fast_import, one_rank
 from training.arguments import Load, compile_phase
 from training.exit_codes import FINISHED
@@ -53,12 +51,8 @@ class ArmSettings(Strict):
     @classmethod
     def read(cls, arm_dir: Path) -> ArmSettings:
         path = arm_dir / SETTINGS_FILE
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
-            raise RecipeError(f"{path} does not exist; the gate's stage command writes it: start the gate again") from None
-        except ValidationError as error:
-            raise RecipeError(f"{path}: {describe(error)}") from None
+        missing = f"{path} does not exist; the gate's stage command writes it: start the gate again"
+        return read_strict(cls, path, missing=missing)
 
 
 def run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, arm_digest: str) -> int:

@@ -1,7 +1,8 @@
-"""Forward step and loss of pre-training, as Megatron's schedules want them."""
+"""Forward step and loss, as Megatron's schedules want them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -38,10 +39,17 @@ def loss_function(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.
 
 
 def forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, partial]:
-    """One micro batch through `model`; the second value maps its output to the loss."""
+    """One micro batch of pre-training through `model`; the second value maps its output to the loss."""
+    return forward_batch(get_batch, data_iterator, model)
+
+
+def forward_batch(
+    draw: Callable[[Any, int | None], dict[str, Any]], data_iterator: Any, model: Any
+) -> tuple[torch.Tensor, partial]:
+    """A forward step for micro batches that `draw` takes from the iterator for a chunk of the interleaved schedule, as data.get_batch."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
-    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    batch = draw(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=batch["packed"])
     return output, partial(loss_function, batch["loss_mask"])

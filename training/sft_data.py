@@ -12,12 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import parallel_state as mpu
-from megatron.core.utils import get_attr_wrapped_model
-from megatron.training import get_timers
 
 from data_prep.sft_manifest import PackedSequences, lay_out
 from training import data, documents
-from training.forward import loss_function
+from training.forward import forward_batch
 
 
 class EpochDataset(torch.utils.data.Dataset):
@@ -77,9 +75,4 @@ def forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, partial]
 
     Megatron divides by the number of loss tokens of the global batch (--calculate-per-token-loss).
     """
-    timers = get_timers()
-    timers("batch-generator", log_level=2).start()
-    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
-    timers("batch-generator").stop()
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=batch["packed"])
-    return output, partial(loss_function, batch["loss_mask"])
+    return forward_batch(get_batch, data_iterator, model)

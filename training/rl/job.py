@@ -9,14 +9,12 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
 from data_prep.files import digest_of, write_json
 from recipes.grpo_stage import phase_of
 from recipes.job_options import Optimizer, Parallel, Precision
 from recipes.lint_optimizer import dtype_rules
 from recipes.posttrain import Grpo
-from recipes.schema import Model, RecipeError, Strict, describe
+from recipes.schema import Model, RecipeError, Strict, read_strict
 from training import arguments as pretraining
 from training.arguments import Load
 
@@ -54,12 +52,7 @@ class Job(Strict):
     @classmethod
     def read(cls, path: Path) -> Job:
         """Raises RecipeError naming the file and every wrong key."""
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
-            raise RecipeError(f"no job at {path}") from None
-        except ValidationError as error:
-            raise RecipeError(f"{path}: {describe(error)}") from None
+        return read_strict(cls, path, missing=f"no job at {path}")
 
     def write(self, path: Path) -> None:
         write_json(path, json.loads(self.model_dump_json()))
