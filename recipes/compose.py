@@ -214,8 +214,11 @@ def _explain_hydra(error: Exception, overrides: Sequence[str], config_dirs: list
         key = unknown[3].partition("=")[0]
         where = f" (in {unknown[1]})" if unknown[1] else ""
         siblings = _known_keys(key, overrides, config_dirs)
+        if unknown[2] == "override" and key.rpartition(".")[2] in siblings:
+            return f"{key}{where}: the value names keys that are not there yet; add them one by one: +{key}.NAME=..."
         known = f"; known there: {', '.join(siblings)}{_nearest(key.rpartition('.')[2], siblings)}" if siblings else ""
-        return f"{key}: no such key to {unknown[2]}{where}{known}; a value of your own goes under +extra.NAME"
+        added = f"; one that the recipe may have and leaves out is added by +{key}=..." if unknown[2] == "override" else ""
+        return f"{key}: no such key to {unknown[2]}{where}{known}{added}; a value of your own goes under +extra.NAME"
     if "Error resolving interpolation" in text:
         return (
             f"{text.splitlines()[-1]}; in a curriculum's defaults, list phases before /model and /precision, and a new phase before "

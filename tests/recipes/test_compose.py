@@ -114,6 +114,14 @@ def test_resolved_tokens_cover_the_request_by_less_than_a_step(tokens: int, batc
             "phase.foundation.token=3",
             "phase.foundation.token: no such key to override; known there: async_saves, documents_apart, exit_af",
         ),
+        (
+            "data.sources.gneissweb.weight=2",
+            "one that the recipe may have and leaves out is added by +data.sources.gneissweb.weight=...",
+        ),
+        (
+            "data.sources={mine:{kind:files}}",
+            "data.sources: the value names keys that are not there yet; add them one by one: +data.sources.NAME=...",
+        ),
         ("phase.foundation.token=3", "did you mean tokens?"),
         ("phase.foundation.parallel.tensr=2", "did you mean tensor?"),
         ("~phase.fundation", "'phase.fundation' does not exist"),
