@@ -25,7 +25,7 @@ from training.rl.job import Initial, Job
 cpu_backend.install()
 
 import torch  # noqa: E402
-from megatron.training.argument_utils import core_transformer_config_from_args  # noqa: E402
+from megatron.training.argument_utils import ArgumentGroupFactory, core_transformer_config_from_args  # noqa: E402
 from megatron.training.arguments import parse_args, validate_args  # noqa: E402
 
 from model.config import check  # noqa: E402
@@ -42,6 +42,20 @@ PRECISIONS = sorted(
 # The GPU that a precision needs, and its compute capability.
 GPU = {"mxfp8": ("b200", (10, 0))}
 used_layouts: set[str] = set()
+_read_docstrings = ArgumentGroupFactory._get_field_docstrings
+
+
+@functools.cache
+def _docstrings(config_class):
+    return _read_docstrings(ArgumentGroupFactory.__new__(ArgumentGroupFactory), config_class)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def docstrings_once():
+    """Help texts of Megatron's arguments, which it reads from source code: once, and not for every parser (a third of a second)."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ArgumentGroupFactory, "_get_field_docstrings", lambda self, config_class: _docstrings(config_class))
+        yield
 
 
 def parse(recipe, stage, monkeypatch, load=None):
