@@ -14,27 +14,9 @@ from recipes.compose import compose
 from recipes.docker_options import OWN_VARIABLES, PREDEFINED_NETWORKS, docker_options, layout_of
 from recipes.lint import lint
 from recipes.schema import Recipe
+from tests.recipes.hostile import HOSTILE
 
 DIGEST = f"sha256:{'0a' * 32}"
-HOSTILE = (
-    "a b",
-    "a;b",
-    "a'b",
-    'a"b',
-    "$(touch x)",
-    "`id`",
-    "a\nb",
-    "a|b",
-    "a&b",
-    "a>b",
-    "a*",
-    "a\\b",
-    "${HOME}",
-    "a,b",
-    "~",
-    "#a",
-    "",
-)
 
 
 @pytest.mark.parametrize("value", HOSTILE)

@@ -13,26 +13,7 @@ from pydantic import ValidationError
 from recipes.compose import compose
 from recipes.lint import lint
 from recipes.slurm_options import OWN_SRUN_ARGUMENTS, SlurmOptions, limit_seconds, slurm_options
-
-HOSTILE = (
-    "a b",
-    "a;b",
-    "a'b",
-    'a"b',
-    "$(touch x)",
-    "`id`",
-    "a\nb",
-    "a|b",
-    "a&b",
-    "a>b",
-    "a*",
-    "a\\b",
-    "${HOME}",
-    "a,b",
-    "~",
-    "#a",
-    "",
-)
+from tests.recipes.hostile import HOSTILE
 
 
 @pytest.mark.parametrize("value", HOSTILE)
