@@ -52,6 +52,8 @@ class Root:
             self.concatenated(path)
         for path in sorted((self.root / "clean").glob("*/record.json")):
             self.cleaned(path)
+        for path in sorted((self.root / "clean").glob("*/filtered/*.json")):
+            self.filtered(path)
         for path in sorted((self.root / "tokens").glob("*.json")):
             self.tokens(path)
         for path in sorted((self.root / "tokenized").glob("*.json")):
@@ -132,6 +134,16 @@ class Root:
             self.v.file(self.root / name, digest, path)
         if not files:
             self.v.find(path, "record", "one of cleaned files", "none, or one that cannot be read")
+
+    def filtered(self, path: Path) -> None:
+        """What passed the filters of a shard, and beside it all that a later cleaning takes from this one."""
+        values = _values(path)
+        others = values.get("others")
+        for suffix, record in {"kept.jsonl.zst": values.get("kept"), **(others if isinstance(others, dict) else {})}.items():
+            if digest := Digest.find(record):
+                self.v.file(path.with_suffix(f".{suffix}"), digest, path)
+            else:
+                self.v.find(path, f"record of {suffix}", "size and digest", "none, or one that cannot be read")
 
     # --- tokens ----------------------------------------------------------------------------------------------------------------
 

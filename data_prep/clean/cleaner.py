@@ -13,6 +13,7 @@ import contextlib
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ from data_prep.errors import DataError
 from data_prep.files import digest_of, verify_file, write_bytes
 from data_prep.optional import need
 from data_prep.progress import Done, Progress
+from data_prep.sources import threads
 from data_prep.text_files import MAX_BAD_FREE, MAX_BAD_PERCENT
 from recipes.cleaning import Cleaning
 from recipes.schema import Recipe
@@ -163,10 +165,11 @@ class Job:
         for folder in above.iterdir() if above.is_dir() else ():
             if folder != self.work:
                 shutil.rmtree(folder)
-        for shard in self.shards:
-            record = self._shard_record(shard)
+        with ThreadPoolExecutor(threads()) as pool:  # hashlib releases the interpreter's lock
+            reusable = list(pool.map(self._reusable, self.shards))
+        for shard, is_reusable in zip(self.shards, reusable, strict=True):
             mark = self.work / "filter" / "completions" / f"{shard.rank:05d}"
-            if record is not None:
+            if is_reusable:
                 mark.parent.mkdir(parents=True, exist_ok=True)
                 mark.touch()
             else:
@@ -193,6 +196,20 @@ class Job:
             if not path.is_file() or path.stat().st_size != size:
                 return None
         return record
+
+    def _reusable(self, shard: Shard) -> bool:
+        """Whether an earlier run's files of a shard are there to the last byte: what is compared and kept is taken from them."""
+        from data_prep.clean.filtering import filtered_path
+
+        record = self._shard_record(shard)
+        if record is None:
+            return False
+        try:
+            for suffix, file in {"kept.jsonl.zst": record.kept, **record.others}.items():
+                verify_file(filtered_path(self.root, shard, suffix), file, remedy="")
+        except DataError:
+            return False
+        return True
 
     def shard_records(self) -> list[ShardRecord]:
         records = [self._shard_record(shard) for shard in self.shards]

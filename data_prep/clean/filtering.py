@@ -31,6 +31,8 @@ from recipes.cleaning import Cleaning, Filters
 
 ZSTD_LEVEL = 3
 """zstandard's default: a third of the size at a few hundred MB/s, far above the filters."""
+OTHERS = ("exact", "minhash", "removed.jsonl.zst", "quarantine.jsonl")
+"""Suffixes of a shard's files beside the documents that stay; some have no quarantine or no signatures."""
 EXACT_HASH_BYTES = 16
 """128 bits: among 10^10 documents two different texts have the same hash with probability 10^-19."""
 BATCH_CHARACTERS = 1 << 18
@@ -111,6 +113,7 @@ def filter_shard(stage: FilterStage, shard: Shard) -> ShardRecord:
         bytes=work.bytes,
         signatures=signed,
         kept=record_file(filtered_path(stage.root, shard, "kept.jsonl.zst")),
+        others={suffix: record_file(path) for suffix in OTHERS if (path := filtered_path(stage.root, shard, suffix)).exists()},
     )
     record.write(record_path)
     return record

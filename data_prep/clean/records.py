@@ -63,6 +63,8 @@ class ShardRecord(Record):
     signatures: Count
     """Documents with MinHash signatures: at least one n-gram long."""
     kept: FileRecord
+    others: dict[str, FileRecord] = Field(default_factory=dict)
+    """Suffix -> the shard's further files: hashes and signatures that later runs compare, what was removed, the quarantine."""
 
 
 class AppliedShard(Record):

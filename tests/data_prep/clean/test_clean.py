@@ -21,9 +21,11 @@ from data_prep import files
 from data_prep.clean import clean, executors, shards
 from data_prep.errors import DataError
 from data_prep.progress import Silent
+from data_prep.verify import verify
 from tests.data_prep.clean import planted
 from tests.data_prep.clean.planted import CODE, GERMAN, PROSE, kept, kept_ids, mixed, published, removed
 from tests.data_prep.helpers import times, tree
+from tests.data_prep.verifying import flip
 
 
 def test_equal_bytes_for_one_worker_and_two(tmp_path, monkeypatch):
@@ -169,6 +171,21 @@ def test_what_is_damaged_or_missing_is_made_again(tmp_path, what):
             (tmp_path / "data" / "clean" / "record.json").unlink()
         planted.run(tmp_path, made)
         assert tree(tmp_path / "data") == before
+
+
+def test_one_altered_byte_in_what_later_runs_take_over(tmp_path):
+    """Found by verify, and made again before another cleaning compares it."""
+    made, _ = planted.cleaned(tmp_path, mixed(), **published())
+    before, root = tree(tmp_path / "data"), tmp_path / "data"
+    (root / "views").mkdir()  # what verify takes for a data root
+    for suffix in ("kept.jsonl.zst", "exact", "minhash", "removed.jsonl.zst"):
+        path = root / "clean" / "web_a" / "filtered" / f"00000.{suffix}"
+        flip(path, path.stat().st_size // 2)
+        assert [f.file for f in verify(root)] == [str(path.relative_to(root))]
+        (root / "clean" / "record.json").unlink()
+        planted.run(tmp_path, made)
+        assert verify(root) == []
+        assert tree(root) == before
 
 
 class Stop(BaseException):
