@@ -5,7 +5,7 @@ Counted tensor by tensor from what the pinned Megatron (0.19.2) and Transformer 
 attention/dot_product_attention) save, with fused attention, so that nothing grows with the square of the length. `tokens` are those of one
 rank: micro batch x length / context parallelism. Tensor parallelism divides widths inside attention and SwiGLU, sequence parallelism
 divides tokens outside them. `transformer_engine` False counts what plain torch saves instead (CPU runs), which fuses less; there tests
-compare with autograd itself (tests/recipes/test_activations.py).
+compare with autograd itself (tests/recipes/test_against_megatron.py).
 """
 
 from __future__ import annotations
