@@ -35,6 +35,8 @@ from recipes.sft_options import Sft
 
 HASH_SPACE = 2.0**64
 SHOWN_REASONS = 5
+BYTES_PER_WORKER = 16_000_000
+"""Of files to render: a worker process imports transformers first, which takes as long as rendering some of these."""
 
 
 def prepare_sft(
@@ -50,7 +52,7 @@ def prepare_sft(
         hf_folder = _hf_folder(loaded, folder)
         template = Path(sft.chat_template) if sft.chat_template is not None else None
         sources = _render(sft, data_root, stage, hf_folder, template, workers, progress)
-        renderer = Renderer(hf_folder, template)
+        renderer = _renderer(hf_folder, template)
         inputs = digest_of(
             {
                 "files": [file.inputs for files in sources.values() for file in files],
@@ -86,6 +88,7 @@ def _render(
 ) -> dict[str, list[SampleFile]]:
     """Records of every input file by source; refuses a source of which too much was refused."""
     say, jobs = progress.message, []
+    _renderers.clear()  # what an earlier call left may be of files that have changed
     for name, source in sorted(sft.sources.items()):  # the manifest's order, which numbers the samples
         if not name.replace("_", "").replace("-", "").isalnum():
             raise DataError(f"sft.{stage}.sources: '{name}' becomes a folder's name; use letters, digits, - and _")
@@ -106,9 +109,10 @@ def _render(
             jobs.append(
                 (name, (path, data_root, prefix, hf_folder, template, tuple(sft.allowed_tokens), tuple(sft.ignored_keys)))
             )
-    if workers > 1 and len(jobs) > 1:
+    workers = min(workers, len(jobs), 1 + sum(arguments[0].stat().st_size for _, arguments in jobs) // BYTES_PER_WORKER)
+    if workers > 1:
         # spawn: the tokenizer's threads do not survive a fork
-        with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             records = list(pool.map(_render_one, (arguments for _, arguments in jobs)))
     else:
         records = [_render_one(arguments) for _, arguments in jobs]
@@ -131,15 +135,19 @@ def _render(
 
 
 _renderers: dict[tuple[Path, Path | None], Renderer] = {}
-"""Of a worker process: loading a tokenizer takes a second."""
+"""Of this process, the last one: loading a tokenizer takes a second."""
+
+
+def _renderer(hf_folder: Path, template: Path | None) -> Renderer:
+    if (hf_folder, template) not in _renderers:
+        _renderers.clear()
+        _renderers[hf_folder, template] = Renderer(hf_folder, template)
+    return _renderers[hf_folder, template]
 
 
 def _render_one(arguments: tuple[Path, Path, str, Path, Path | None, tuple[str, ...], tuple[str, ...]]) -> SampleFile:
     path, data_root, prefix, hf_folder, template, allowed, ignored = arguments
-    if (hf_folder, template) not in _renderers:
-        _renderers.clear()
-        _renderers[hf_folder, template] = Renderer(hf_folder, template)
-    return render_file(path, data_root, prefix, _renderers[hf_folder, template], allowed, ignored)
+    return render_file(path, data_root, prefix, _renderer(hf_folder, template), allowed, ignored)
 
 
 def _pack(

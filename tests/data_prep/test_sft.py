@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import multiprocessing
 import os
 
 import numpy as np
@@ -219,6 +220,25 @@ def test_a_killed_preparation_leaves_no_manifest_and_goes_on(home, made, monkeyp
     again = prepare_sft(sft(root), "again", root / "data", record)
     assert calls == [40]  # only the third file
     assert again.training.files == manifest.training.files
+
+
+def test_worker_processes_make_the_same_and_few_samples_need_none(home, made, monkeypatch):
+    root, record = home
+    manifest, _ = made
+    monkeypatch.setattr("data_prep.sft.BYTES_PER_WORKER", 1)
+    monkeypatch.setattr("data_prep.sft._render_one", _in_a_worker)
+    parallel = prepare_sft(sft(root), "parallel", root / "data", record, workers=2)
+    assert parallel.training.files == manifest.training.files
+    monkeypatch.undo()
+    monkeypatch.setattr("data_prep.sft.ProcessPoolExecutor", lambda *_, **__: pytest.fail("a process for 10 kB"))
+    assert prepare_sft(sft(root), "few", root / "data", record, workers=2).training.files == manifest.training.files
+
+
+def _in_a_worker(arguments):
+    from data_prep.sft import _render_one
+
+    assert multiprocessing.parent_process() is not None
+    return _render_one(arguments)
 
 
 @pytest.mark.parametrize("which", [".bin", ".mask", ".table.npy", "packs"])
