@@ -1,5 +1,6 @@
-"""Builds one rank's slice of a model in Megatron, without other ranks, and says what it allocates (`state`) and saves (`saved`),
-how many micro batches it has in flight (`schedule`) and what it counts (`flops`).
+"""Builds one rank's slice of a model in Megatron, without other ranks, and says what it allocates (`state`), hands to a stage with another
+optimizer (`handed`) and saves for its backward pass (`saved`), how many micro batches it has in flight (`schedule`) and what it counts
+(`flops`).
 
     python -m tests.recipes.slice_worker < JOBS.json     # a list of jobs, see `Job`; prints a list of results
 
@@ -19,7 +20,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 from training import cpu_backend, cpu_optimizer, fast_import
@@ -37,8 +38,7 @@ with fast_import.quick_imports():
     import torch
     import torch._dynamo  # once, and not in every rank: operations on meta tensors ask for it
     import torch.distributed as dist
-    from megatron.core import optimizer as optimizers
-    from megatron.core import parallel_state, tensor_parallel, utils
+    from megatron.core import parallel_state, tensor_parallel
     from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.enums import ModelType
     from megatron.core.fp8_utils import is_first_last_bf16_layer
@@ -53,6 +53,7 @@ with fast_import.quick_imports():
 
     import model.spec
     from recipes.schema import Recipe
+    from tests.recipes import fused_adam
     from training import token_ids
     from training.arguments import add_granite_arguments, compile_phase
     from training.one_rank import phase_model
@@ -66,7 +67,7 @@ logging.disable(logging.WARNING)  # Megatron logs every bucket
 @dataclasses.dataclass
 class Job:
     kind: str
-    """state, saved, schedule or flops."""
+    """state, handed, saved, schedule or flops."""
     recipe: dict[str, Any]
     stage: str
     rank: int
@@ -111,44 +112,6 @@ _cpu_type = torch.Tensor.type
 torch.Tensor.type = _type
 
 
-class PrecisionAware(cpu_optimizer.FusedAdam):
-    """What Transformer Engine's FusedAdam allocates (2.17.1, pytorch/optimizers/fused_adam.py `initialize_state`, `_initialize_state`)."""
-
-    def __init__(
-        self,
-        params: Any,
-        *,
-        master_weights: bool = False,
-        master_weight_dtype: torch.dtype = torch.float32,
-        exp_avg_dtype: torch.dtype = torch.float32,
-        exp_avg_sq_dtype: torch.dtype = torch.float32,
-        use_decoupled_grad: bool = False,
-        store_param_remainders: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(params, **options)
-        assert use_decoupled_grad == master_weights
-        assert not store_param_remainders
-        self.dtypes = {"exp_avg": exp_avg_dtype, "exp_avg_sq": exp_avg_sq_dtype}
-        if master_weights:
-            self.dtypes["master_param"] = master_weight_dtype
-
-    def initialize_state(self, parameter: torch.Tensor) -> None:
-        for name, dtype in self.dtypes.items():
-            self.state[parameter][name] = torch.empty_like(parameter, dtype=dtype)
-            if dtype != torch.float32:
-                self.state[parameter][f"{name} scale"] = torch.ones(1, dtype=torch.float32, device=parameter.device)
-
-
-def install_precision_aware() -> None:
-    """For this process: Megatron, which has been imported without Transformer Engine, finds its optimizer."""
-    for name in ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.optimizers"):
-        sys.modules[name] = ModuleType(name)
-    sys.modules["transformer_engine.pytorch.optimizers"].FusedAdam = PrecisionAware
-    optimizers.Adam = distrib_optimizer.Adam = PrecisionAware
-    utils._te_version = utils.PkgVersion("2.17.1")
-
-
 def storages_bytes(tensors: Any) -> int:
     """Sum over the storages behind `tensors`, each once."""
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
@@ -165,7 +128,7 @@ def rank_of(job: Job) -> tuple[Recipe, Any]:
         sys.argv.remove("--use-cpu-initialization")
         sys.argv.append("--init-model-with-meta-device")
     if recipe.optimizer.precision_aware:
-        install_precision_aware()
+        fused_adam.install()
     args = parse_and_validate_args(add_granite_arguments)
     if job.fp8 is not None:
         args.fp8_recipe = job.fp8
@@ -230,6 +193,7 @@ def state(job: Job) -> dict[str, Any]:
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
         one.init_state_fn(one.optimizer, one.config)
         kept += [tensor for values in one.optimizer.state.values() for tensor in values.values()]
+        kept += getattr(one.optimizer, "scales", {}).values()
         stepped = [p for group in one.optimizer.param_groups for p in group["params"]]
         if args.bf16:  # of fp32 weights, and where the optimizer has main weights of its own, these are parts of the buffers
             kept += [p for p in stepped if p.untyped_storage()._cdata not in inside]
@@ -248,6 +212,60 @@ def state(job: Job) -> dict[str, Any]:
         "data_rank": parallel_state.get_data_parallel_rank(with_context_parallel=True),
         "pipeline_rank": parallel_state.get_pipeline_model_parallel_rank(),
         "buckets": sum(len(buffer.buckets) for buffer in buffers),
+    }
+
+
+def handed(job: Job) -> dict[str, Any]:
+    """What the optimizer of the recipe saves, an optimizer all in fp32 loads and saves again, and the first loads back.
+
+    `dtypes`: of all that is saved. `lost_on_the_way`, `lost_on_the_way_back`: largest relative difference of main weights and moments.
+    """
+    recipe, args = rank_of(job)
+    cpu_backend.to_cpu = _to_cpu
+    chunks = upstream.get_model(phase_model(recipe, job.stage, args), ModelType.encoder_or_decoder)
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    weights = chunks[0].sharded_state_dict(metadata=metadata)
+    config, overrides = upstream.get_megatron_optimizer_config(args)
+    fp32 = {name: torch.float32 for name in ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")}
+    plain = dataclasses.replace(config, use_precision_aware_optimizer=False, **fp32)
+
+    def built(config: Any) -> Any:
+        made = get_megatron_optimizer(config, chunks, config_overrides=overrides, use_gloo_process_groups=False)
+        one = getattr(made, "chained_optimizers", [made])[0]
+        one.init_state_fn(one.optimizer, one.config)
+        return one
+
+    def read(one: Any) -> dict[str, torch.Tensor]:
+        state = one.sharded_state_dict(weights, metadata=metadata)["param_state"]
+        return {tensor.key: tensor.data.clone() for values in state.values() for tensor in values.values()}
+
+    def write(one: Any, tensors: dict[str, torch.Tensor]) -> None:
+        template = one.sharded_state_dict(weights, is_loading=True, metadata=metadata)
+        for values in template["param_state"].values():
+            for name, tensor in values.items():
+                values[name] = tensors[tensor.key].clone()
+        one.load_state_dict(template)
+
+    def lost(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> float:
+        assert before.keys() == after.keys()
+        return max(float(((after[key] - value).abs() / value.abs().max()).max()) for key, value in before.items())
+
+    first, second = built(config), built(plain)
+    drawn = {key: torch.rand_like(value) + 0.5 for key, value in read(second).items()}
+    write(first, drawn)
+    saved = read(first)
+    write(second, saved)
+    way = lost(saved, read(second))
+    write(second, drawn)
+    write(first, read(second))
+    return {
+        "keys": len(saved),
+        "dtypes": sorted({str(value.dtype) for value in saved.values()}),
+        "lost_on_the_way": way,
+        "lost_on_the_way_back": lost(drawn, read(first)),
     }
 
 
@@ -348,7 +366,9 @@ def main() -> int:
             os.close(read)
             with os.fdopen(write, "w") as f:
                 job = Job(**values)
-                json.dump({"state": state, "saved": saved, "schedule": schedule, "flops": flops}[job.kind](job), f)
+                json.dump(
+                    {"state": state, "handed": handed, "saved": saved, "schedule": schedule, "flops": flops}[job.kind](job), f
+                )
             fast_import.leave(0)
         os.close(write)
         with os.fdopen(read) as f:

@@ -77,6 +77,14 @@ STATES: dict[str, tuple[str, int, bool, dict[str, Any], dict[str, Any]]] = {
     ),
 }
 
+HANDED: dict[str, tuple[dict[str, str], str | None, float]] = {
+    # name: dtypes of the optimizer's state, FP8 recipe, what rounding loses of a value
+    "fp32": ({}, None, 0.0),
+    "bf16 moments": ({"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}, None, 2**-8),
+    "all in fp16": ({"main_params_dtype": "fp16", "exp_avg_dtype": "fp16", "exp_avg_sq_dtype": "fp16"}, None, 2**-11),
+    "bf16 moments beside Megatron's weights": ({"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}, "tensorwise", 2**-8),
+}
+
 TINY = {"num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 384, "num_attention_heads": 8, "num_query_groups": 4, "head_dim": 16,
         "vocab_size": 512}  # fmt: skip
 TINY_TOKENS = 256
@@ -170,6 +178,15 @@ def real(smoke: Recipe) -> dict[Any, dict[str, Any]]:
         marked = [precision.bf16_layers_at_start, precision.bf16_layers_at_end] if precision.fp8 else None
         jobs[name] = {"kind": "state", "recipe": recipe, "rank": rank, "transformer_engine": engine, "fp8_parameters": marked}
         jobs[name]["fp8"] = precision.fp8
+    for name, (dtypes, fp8, _) in HANDED.items():
+        recipe = recipe_with(smoke, smoke.model.model_copy(update=TINY), {"gpus": 1}, {}, seq_length_tokens=64)
+        optimizer = recipe.optimizer.model_copy(update=AWARE | dtypes)
+        jobs["handed", name] = {
+            "kind": "handed",
+            "recipe": recipe.model_copy(update={"optimizer": optimizer}),
+            "rank": 0,
+            "fp8": fp8,
+        }
     for name, (rank, _, _) in SAVED.items():
         jobs[name] = {"kind": "saved", "recipe": saved_recipe(smoke, name), "rank": rank}
     for name, (rank, _, _) in SCHEDULES.items():
@@ -211,6 +228,17 @@ def test_state_of_a_rank_is_megatrons_to_the_byte(real: dict[Any, dict[str, Any]
     layers = [i for c in range(parallel.virtual_pipeline or 1) for i in memory.chunk_layers(model, parallel, stage, c)]
     in_fp8 = sum(memory.fp8_layers(model, exact)[i] for i in layers) if exact.fp8_param_gather else 0
     assert built["fp8_tensors"] == 4 * in_fp8
+
+
+@pytest.mark.parametrize("name", HANDED)
+def test_stages_with_different_optimizer_dtypes_hand_on_to_each_other(real: dict[Any, dict[str, Any]], name: str) -> None:
+    """By Megatron's own saving and loading, with Transformer Engine's optimizer as a stand-in: checkpoints are in fp32, so that nothing is
+    lost on the way to an optimizer in fp32, and by rounding alone on the way back."""
+    found = real["handed", name]
+    assert found["keys"] > 20
+    assert found["dtypes"] == ["torch.float32"]
+    assert found["lost_on_the_way"] == 0
+    assert found["lost_on_the_way_back"] <= HANDED[name][2]
 
 
 def test_the_layouts_cover_what_moves_bytes(real: dict[Any, dict[str, Any]]) -> None:
