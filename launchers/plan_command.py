@@ -115,15 +115,15 @@ def _search(recipe: Recipe, args: argparse.Namespace) -> int:
     """The recipe itself need not pass the linter: a layout that it refuses is why one searches."""
     from rich.console import Console
 
+    from launchers.document_lengths import known_lengths
     from recipes.search import search, with_stage
     from recipes.search_text import as_data, print_search
 
     stage = args.stage or next((s for s in recipe.stages if s in recipe.phase), "")
     gpus = args.gpus if args.gpus is not None else recipe.phase[stage].parallel.gpus if stage in recipe.phase else 1
-    results = [
-        search(with_stage(recipe, stage, gpus=gpus, seq_length_tokens=length), stage, offload=args.offload)
-        for length in args.seq_length or [None]
-    ]
+    asked = [with_stage(recipe, stage, gpus=gpus, seq_length_tokens=length) for length in args.seq_length or [None]]
+    lengths = known_lengths(recipe, [stage]).get(stage)
+    results = [search(each, stage, offload=args.offload, lengths=lengths) for each in asked]
     if args.json:
         print(json.dumps([as_data(result) for result in results], indent=1))
         return 0
@@ -152,7 +152,8 @@ def _price(text: str) -> float:
 
 
 def _estimates(recipe: Recipe, price_per_gpu_hour: float | None) -> list[StageEstimate]:
-    """With the steps of fine-tuning stages whose data are there already."""
+    """With the steps of fine-tuning stages whose data are there already, and the lengths of documents where they stay apart."""
+    from launchers.document_lengths import known_lengths
     from launchers.steps import sft_steps
     from recipes.estimates import estimates
 
@@ -163,7 +164,8 @@ def _estimates(recipe: Recipe, price_per_gpu_hour: float | None) -> list[StageEs
                 Path(recipe.data.root), stage, epochs=sft.epochs, batch_sequences=sft.global_batch_sequences
             )
     known = {stage: count for stage, count in steps.items() if count}
-    return estimates(recipe, price_per_gpu_hour=price_per_gpu_hour, sft_steps=known)
+    lengths = known_lengths(recipe, recipe.stages)
+    return estimates(recipe, price_per_gpu_hour=price_per_gpu_hour, sft_steps=known, lengths=lengths)
 
 
 def _print_table(recipe: Recipe, every: list[StageEstimate], price_per_gpu_hour: float | None) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from recipes import grpo_stage, sft_stage
 from recipes.ab_arms import ARMS, arm_phase
+from recipes.document_packing import DocumentLengths, Packing
 from recipes.flops import flops_per_token
 from recipes.gpus import GPUS, Gpu
 from recipes.job_options import Optimizer
@@ -36,6 +37,12 @@ class StageEstimate:
     memory_bytes: int | None = None
     """Of the fullest rank."""
     flops_per_token: float | None = None
+    attended_tokens: float | None = None
+    """Where documents stay apart and their lengths are known: mean length of a token's document in its sample, as FLOPs and time count."""
+    padding_share: float | None = None
+    """There: tokens that are computed for nothing, per token."""
+    lengths_unknown: str | None = None
+    """Where documents stay apart and attention is counted over whole samples: why."""
     tokens: int | None = None
     steps: int | None = None
     step_seconds: float | None = None
@@ -84,8 +91,8 @@ def stage_phase(recipe: Recipe, stage: str) -> Phase | None:
     return None
 
 
-def job_of(recipe: Recipe, phase: Phase, gpu: Gpu) -> Job:
-    """One step of `phase` on `gpu`."""
+def job_of(recipe: Recipe, phase: Phase, gpu: Gpu, lengths: DocumentLengths | str | None = None) -> Job:
+    """One step of `phase` on `gpu`. `lengths` of the documents that it draws matter only where they stay apart."""
     return Job(
         model=recipe.model,
         parallel=phase.parallel,
@@ -94,7 +101,15 @@ def job_of(recipe: Recipe, phase: Phase, gpu: Gpu) -> Job:
         global_batch_samples=phase.global_batch_samples,
         gpu=gpu,
         gpus_per_node=recipe.cluster.gpus_per_node,
+        packing=packing_of(phase, lengths),
     )
+
+
+def packing_of(phase: Phase, lengths: DocumentLengths | str | None) -> Packing | None:
+    """What becomes of the documents of `phase`; None where they see each other or their lengths are not known."""
+    if not isinstance(lengths, DocumentLengths) or not phase.documents_apart:
+        return None
+    return lengths.packing(phase.seq_length_tokens, phase.parallel, phase.precision)
 
 
 def job_memory_bytes(recipe: Recipe, job: Job, optimizer: Optimizer | None = None) -> int:
@@ -118,17 +133,25 @@ def job_memory_bytes(recipe: Recipe, job: Job, optimizer: Optimizer | None = Non
 
 
 def estimate(
-    recipe: Recipe, stage: str, *, price_per_gpu_hour: float | None = None, sft_steps: Mapping[str, int] | None = None
+    recipe: Recipe,
+    stage: str,
+    *,
+    price_per_gpu_hour: float | None = None,
+    sft_steps: Mapping[str, int] | None = None,
+    lengths: Mapping[str, DocumentLengths | str] | None = None,
 ) -> StageEstimate:
     """What `stage` of a linted recipe needs and costs. `price_per_gpu_hour` None: that of recipes/gpus.py. `sft_steps`: steps of
-    fine-tuning stages whose data are prepared."""
+    fine-tuning stages whose data are prepared. `lengths`: phase -> lengths of its documents, or why they are not known."""
     kind = recipe.stage_kind(stage)
     phase, gpu = stage_phase(recipe, stage), gpu_of(recipe)
     if kind == "ab" and gpu is not None:
-        return _gate(recipe, stage, gpu, gpu.price_per_hour if price_per_gpu_hour is None else price_per_gpu_hour)
+        price = gpu.price_per_hour if price_per_gpu_hour is None else price_per_gpu_hour
+        return _gate(recipe, stage, gpu, price, (lengths or {}).get(recipe.ab[stage].phase))
     if phase is None:
         return StageEstimate(stage, kind, unknown="reads and writes checkpoints, in minutes on one node: not modelled")
-    flops = flops_per_token(recipe.model, phase.seq_length_tokens)
+    own_lengths = (lengths or {}).get(stage)
+    packing = packing_of(phase, own_lengths)
+    flops = flops_per_token(recipe.model, phase.seq_length_tokens if packing is None else packing.attended_tokens)
     steps, tokens = (phase.steps, phase.tokens) if kind in ("phase", "grpo") else (None, None)
     unknown = None
     if kind == "sft":
@@ -140,8 +163,17 @@ def estimate(
         tokens, unknown = None, "speed is that of the training pass; rollouts and rewards are not modelled"
     if gpu is None:
         unknown = unknown or f"no speed or memory is planned for cluster.gpu={recipe.cluster.gpu}"
-        return StageEstimate(stage, kind, unknown, phase.parallel.gpus, None, flops, tokens, steps)
-    job = job_of(recipe, phase, gpu)
+        return StageEstimate(
+            stage,
+            kind,
+            unknown,
+            gpus=phase.parallel.gpus,
+            flops_per_token=flops,
+            tokens=tokens,
+            steps=steps,
+            **_spans(phase, packing, own_lengths),
+        )
+    job = job_of(recipe, phase, gpu, own_lengths)
     time = step_time(job)
     hours = None if unknown or steps is None else steps * time.total / 3600
     gpu_hours = None if hours is None else hours * phase.parallel.gpus
@@ -153,6 +185,7 @@ def estimate(
         gpus=phase.parallel.gpus,
         memory_bytes=job_memory_bytes(recipe, job, phase.optimizer),
         flops_per_token=flops,
+        **_spans(phase, packing, own_lengths),
         tokens=tokens,
         steps=steps,
         step_seconds=time.total,
@@ -165,21 +198,31 @@ def estimate(
     )
 
 
-def _gate(recipe: Recipe, stage: str, gpu: Gpu, price: float) -> StageEstimate:
+def _spans(phase: Phase, packing: Packing | None, lengths: DocumentLengths | str | None) -> dict[str, Any]:
+    """What of a StageEstimate says how its documents are counted."""
+    if packing is not None:
+        return asdict(packing)
+    if not phase.documents_apart:
+        return {}
+    return {"lengths_unknown": lengths if isinstance(lengths, str) else "nobody looked for its data"}
+
+
+def _gate(recipe: Recipe, stage: str, gpu: Gpu, price: float, lengths: DocumentLengths | str | None) -> StageEstimate:
     """Both arms of a gate, one after the other in one job; speed and utilisation are of both together, without their held-out losses."""
     phases = [arm_phase(recipe, stage, name) for name in ARMS]
-    jobs = [job_of(recipe, phase, gpu) for phase in phases]
+    jobs = [job_of(recipe, phase, gpu, lengths) for phase in phases]
     times = [step_time(job) for job in jobs]
     steps, gpus = recipe.ab[stage].steps, max(phase.parallel.gpus for phase in phases)
     hours = sum(steps * time.total for time in times) / 3600
     tokens = sum(steps * phase.tokens_per_step for phase in phases)
-    flops, speed = flops_per_token(recipe.model, phases[0].seq_length_tokens), tokens / (hours * 3600 * gpus)
+    flops, speed = flops_per_token(recipe.model, jobs[0].attended_tokens), tokens / (hours * 3600 * gpus)
     return StageEstimate(
         stage,
         "ab",
         gpus=gpus,
         memory_bytes=max(job_memory_bytes(recipe, job, phase.optimizer) for job, phase in zip(jobs, phases, strict=True)),
         flops_per_token=flops,
+        **_spans(phases[0], jobs[0].packing, lengths),
         tokens=tokens,
         steps=len(phases) * steps,
         step_seconds=sum(time.total for time in times) / len(times),
@@ -192,10 +235,15 @@ def _gate(recipe: Recipe, stage: str, gpu: Gpu, price: float) -> StageEstimate:
 
 
 def estimates(
-    recipe: Recipe, *, price_per_gpu_hour: float | None = None, sft_steps: Mapping[str, int] | None = None
+    recipe: Recipe,
+    *,
+    price_per_gpu_hour: float | None = None,
+    sft_steps: Mapping[str, int] | None = None,
+    lengths: Mapping[str, DocumentLengths | str] | None = None,
 ) -> list[StageEstimate]:
-    """One per stage, in the order of the curriculum."""
-    return [estimate(recipe, s, price_per_gpu_hour=price_per_gpu_hour, sft_steps=sft_steps) for s in recipe.stages]
+    """One per stage, in the order of the curriculum; arguments as of `estimate`."""
+    known = {"price_per_gpu_hour": price_per_gpu_hour, "sft_steps": sft_steps, "lengths": lengths}
+    return [estimate(recipe, stage, **known) for stage in recipe.stages]
 
 
 def total(every: list[StageEstimate]) -> Total | None:

@@ -35,8 +35,9 @@ def attention_flops_per_token_squared(model: Model) -> int:
     return 6 * model.num_layers * model.num_attention_heads * model.head_dim
 
 
-def flops_per_token(model: Model, seq_length_tokens: int) -> int:
-    """Model FLOPs to train on one token of a sequence in which every token sees all before it."""
+def flops_per_token(model: Model, seq_length_tokens: float) -> float:
+    """Model FLOPs to train on one token of a sequence in which every token sees all before it; of documents that see only themselves, with the
+    mean of their lengths over all tokens (recipes/document_packing.py, attended_tokens)."""
     return matrix_flops_per_token(model) + attention_flops_per_token_squared(model) * seq_length_tokens
 
 

@@ -216,7 +216,7 @@ def notes(recipe: Recipe, every: Sequence[StageEstimate] | None = None) -> Itera
         yield f"not in the total: {'; '.join(f'{", ".join(stages)} ({reason})' for reason, stages in reasons.items())}"
     apart = [s for s in recipe.stages if s in recipe.phase and recipe.phase[s].documents_apart]
     if apart:
-        yield f"documents stay apart in {', '.join(apart)}: attention is counted over whole samples: FLOPs, time and cost are upper bounds"
+        yield from _documents_notes(apart, every)
     yield from _post_training_notes(recipe)
     precisions: dict[str, list[str]] = {}
     for stage in recipe.stages:
@@ -250,6 +250,23 @@ def notes(recipe: Recipe, every: Sequence[StageEstimate] | None = None) -> Itera
     ]
     if unused:
         yield f"defined but not in stages, so not run: {', '.join(unused)}"
+
+
+def _documents_notes(apart: Sequence[str], every: Sequence[StageEstimate]) -> Iterable[str]:
+    """How the documents of the phases in `apart` are counted."""
+    counted = {e.stage: e for e in every if e.stage in apart and e.attended_tokens is not None}
+    if counted:
+        each = [f"{s} {human_tokens(e.attended_tokens or 0)} + {e.padding_share:.1%} padding" for s, e in counted.items()]
+        yield f"documents stay apart, counted by their own lengths; mean length around a token: {', '.join(each)}"
+    reasons: dict[str, list[str]] = {}
+    for each in every:
+        if each.stage in apart and each.lengths_unknown:
+            reasons.setdefault(each.lengths_unknown, []).append(each.stage)
+    for reason, stages in reasons.items():
+        yield (
+            f"documents stay apart in {', '.join(stages)}, attention is counted over whole samples ({reason}): FLOPs, time and cost are "
+            "upper bounds"
+        )
 
 
 def _post_training_notes(recipe: Recipe) -> Iterable[str]:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from recipes.activations import layer_bytes, rank_tokens
-from recipes.estimates import gpu_of, job_memory_bytes, job_of
+from recipes.document_packing import DocumentLengths, Packing
+from recipes.estimates import gpu_of, job_memory_bytes, job_of, packing_of
 from recipes.gpus import Gpu
 from recipes.job_options import Parallel
 from recipes.lint_layout import phase_layout_rules
@@ -79,6 +80,8 @@ class SearchResult:
     gpus: int
     seq_length_tokens: int
     global_batch_samples: int
+    lengths_unknown: str | None
+    """Why attention is counted over whole samples although documents stay apart; None: it is not, or they do not."""
     considered: int
     """Layouts looked at, micro batches included; of each the fastest way of context parallelism and of saving memory is searched for."""
     fitting: int
@@ -126,20 +129,29 @@ def search(
     chunked_loss: bool = True,
     offload: bool = False,
     ring_only: bool = False,
+    lengths: DocumentLengths | str | None = None,
 ) -> SearchResult:
     """Layouts for the phase `stage` over its `parallel.gpus` ranks, on the cluster's GPU. RecipeError on CPU, which has no speed to plan.
 
     `tensor_overlap`: as if Megatron's --tp-comm-overlap were on, as in NVIDIA's runs; Quarry's arguments leave it off. `chunked_loss`: whether
     Quarry's loss in chunks of tokens, which NVIDIA's runs do not have, may be used where a layout does not fit without. `offload`:
     whether activations may wait on the host; how fast that is follows from data sheets alone, no published run says. `ring_only`:
-    context parallelism as in all published runs.
+    context parallelism as in all published runs. `lengths`: of the phase's documents, where they stay apart, or
+    why they are not known.
     The result is the same for the same recipe: ties go to less memory, then to the smaller sizes.
     """
     gpu, phase = gpu_of(recipe), recipe.phase[stage]
     if gpu is None:
         raise RecipeError(f"cluster.gpu = {recipe.cluster.gpu}: layouts are searched for GPUs; name one, e.g. --gpu h100")
     found = _Search(
-        recipe, stage, gpu, tensor_overlap=tensor_overlap, chunked_loss=chunked_loss, offload=offload, ring_only=ring_only
+        recipe,
+        stage,
+        gpu,
+        tensor_overlap=tensor_overlap,
+        chunked_loss=chunked_loss,
+        offload=offload,
+        ring_only=ring_only,
+        lengths=lengths,
     )
     found.run()
     best: dict[tuple[int, int, int], Candidate] = {}
@@ -154,6 +166,7 @@ def search(
         gpus=phase.parallel.gpus,
         seq_length_tokens=phase.seq_length_tokens,
         global_batch_samples=phase.global_batch_samples,
+        lengths_unknown=(lengths if isinstance(lengths, str) else None) if phase.documents_apart else None,
         considered=found.considered,
         fitting=found.layouts_that_fit,
         ranked=ranked,
@@ -188,9 +201,13 @@ class _Search:
         chunked_loss: bool,
         offload: bool,
         ring_only: bool,
+        lengths: DocumentLengths | str | None,
     ) -> None:
         self.recipe, self.stage, self.phase, self.gpu = recipe, stage, recipe.phase[stage], gpu
         self.job = replace(job_of(recipe, self.phase, gpu), tensor_overlap=tensor_overlap)
+        self.lengths = lengths
+        self.packings: dict[tuple[int, ...], Packing | None] = {}
+        """(tensor, context, micro batch) -> what becomes of the documents"""
         self.chunked_loss, self.offload, self.ring_only = chunked_loss, offload, ring_only
         self.considered = self.layouts_that_fit = 0
         self.refused: dict[tuple[str, str], int] = {}
@@ -279,7 +296,7 @@ class _Search:
         that are enough, or having these on the host; more would only be slower. Where nothing helps, everything is computed again.
         """
         fits, faster = False, []
-        for way in sorted(ways, key=lambda way: step_time(replace(self.job, parallel=way)).total):
+        for way in sorted(ways, key=lambda way: step_time(self._job(way)).total):
             fits = self._fits_with_chunks(way, "no recompute")
             if fits:
                 break
@@ -321,7 +338,7 @@ class _Search:
         """The least of 1..most with which `layout` fits; None: not even `most`."""
 
         def fits(count: int) -> bool:
-            return self._memory_bytes(replace(self.job, parallel=layout(count))) <= self.gpu.memory_bytes
+            return self._memory_bytes(self._job(layout(count))) <= self.gpu.memory_bytes
 
         if most < 1 or not fits(most):
             return None
@@ -338,11 +355,21 @@ class _Search:
         return self._chunks_help(layout) and self._fits(layout.model_copy(update=CHUNKS), words + CHUNKED)
 
     def _fits(self, layout: Parallel, words: str) -> bool:
-        job = replace(self.job, parallel=layout)
+        job = self._job(layout)
         candidate = Candidate(job, self._memory_bytes(job), step_time(job), words)
         fits = candidate.memory_bytes <= self.gpu.memory_bytes
         (self.fitting if fits else self.too_large).append(candidate)
         return fits
+
+    def _job(self, layout: Parallel) -> Job:
+        """One step in `layout`."""
+        if not isinstance(self.lengths, DocumentLengths):
+            return replace(self.job, parallel=layout)
+        key = (layout.tensor, layout.context, layout.micro_batch_samples)
+        if key not in self.packings:
+            phase = self.phase.model_copy(update={"parallel": layout})
+            self.packings[key] = packing_of(phase, self.lengths)
+        return replace(self.job, parallel=layout, packing=self.packings[key])
 
     def _memory_bytes(self, job: Job) -> int:
         return job_memory_bytes(self.recipe, job, self.phase.optimizer)

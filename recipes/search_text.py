@@ -79,6 +79,7 @@ def as_data(result: SearchResult, limit: int = 20) -> dict[str, Any]:
         "gpus": result.gpus,
         "seq_length_tokens": result.seq_length_tokens,
         "global_batch_samples": result.global_batch_samples,
+        "lengths_unknown": result.lengths_unknown,
         "considered": result.considered,
         "fitting": result.fitting,
         "ranked": [layout(candidate) for candidate in result.ranked[:limit]],
@@ -125,6 +126,10 @@ def print_search(result: SearchResult, console: Console, *, shown: int = 8) -> N
     console.print(table, highlight=False)
     for line in explain(result):
         console.print(f"- {line}", highlight=False)
+    if result.lengths_unknown:
+        console.print(
+            f"- attention is counted over whole samples, though documents stay apart: {result.lengths_unknown}", highlight=False
+        )
     ways = "not allowed in place of a ring"
     for title, rejections in (("too large", result.too_large), ("not allowed", result.rejected), (ways, result.rejected_ways)):
         if rejections:

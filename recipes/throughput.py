@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from recipes.activations import layer_bytes, rank_tokens
+from recipes.document_packing import Packing
 from recipes.flops import flops_per_token
 from recipes.gpus import Gpu
 from recipes.job_options import Parallel, Precision
@@ -79,6 +80,13 @@ class Job:
     tensor_overlap: bool = False
     """Megatron's --tp-comm-overlap: on in NVIDIA's runs, not in Quarry's arguments."""
     kernels_of_2024: bool = False
+    packing: Packing | None = None
+    """Of documents that stay apart and whose lengths are known; None: every token of a sample sees all before it."""
+
+    @property
+    def attended_tokens(self) -> float:
+        """Twice the tokens that an average token sees."""
+        return self.seq_length_tokens if self.packing is None else self.packing.attended_tokens
 
     @property
     def nvlink_gpus(self) -> int:
@@ -150,13 +158,14 @@ def step_time(job: Job, constants: Constants = CONSTANTS) -> StepTime:
     return StepTime(
         **parts,
         tokens_per_second_per_gpu=speed,
-        mfu=speed * flops_per_token(model, job.seq_length_tokens) / job.gpu.peak_bf16_flops,
+        mfu=speed * flops_per_token(model, job.attended_tokens) / job.gpu.peak_bf16_flops,
     )
 
 
 def _tokens(job: Job) -> float:
-    """Tokens of a micro batch on one context-parallel rank."""
-    return job.parallel.micro_batch_samples * job.seq_length_tokens / job.parallel.context
+    """Tokens of a micro batch on one context-parallel rank, padding included."""
+    padding = 0.0 if job.packing is None else job.packing.padding_share
+    return job.parallel.micro_batch_samples * job.seq_length_tokens * (1 + padding) / job.parallel.context
 
 
 def _attention_rate(job: Job, constants: Constants) -> float:
@@ -202,7 +211,7 @@ def _layer(job: Job, constants: Constants) -> dict[str, float]:
         wide = _product_seconds(job, constants, tokens, width_in, width_out, fp8=False)
         forward[name] = share * narrow[0] + (1 - share) * wide[0]
         backward += share * narrow[1] + (1 - share) * wide[1]
-    scores = 2 * tokens * job.seq_length_tokens * queries / _attention_rate(job, constants)
+    scores = 2 * tokens * job.attended_tokens * queries / _attention_rate(job, constants)
     # Values read and written per token: two norms and two residual sums over the hidden size (sharded by sequence parallelism), RoPE,
     # and SwiGLU; in FP8 each input of a product is read once more and written twice (as it is, and transposed).
     sharded = tensor if layout.sequence_parallel else 1

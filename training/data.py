@@ -13,6 +13,7 @@ from megatron.training import get_args
 
 from data_prep.index_caches import cache_path
 from data_prep.manifest import MixtureManifest
+from recipes.document_packing import multiple_tokens
 from training import documents
 from training.blend import PhaseDataset, blended
 from training.recorder import SampleRecorder
@@ -77,7 +78,7 @@ def get_batch(data_iterator: Any, vp_stage: int | None = None) -> dict[str, Any]
     if recorder is not None and mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage):
         recorder.add(sample)  # before context parallelism cuts the sequence
     if documents.POSITIONS_KEY in sample:
-        multiple, grain = documents.multiple_tokens(args.context_parallel_size), documents.grain_tokens(args)
+        multiple, grain = multiple_tokens(args.context_parallel_size), documents.grain_tokens(args)
         whole, bounds = documents.pack(sample, multiple, grain)
         batch, packed = documents.on_this_rank(whole, bounds, restart_positions=args.restart_positions)
         return {**batch, "packed": packed}

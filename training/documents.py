@@ -10,7 +10,6 @@ layout. Padding lies behind a document, where causal attention shows it to nobod
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -20,13 +19,10 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from data_prep.sft_packing import padded
 from model.packing import zigzag_positions
+from recipes import document_packing
 
 POSITIONS_KEY = "document_positions"
 """Of a sample: the place of every token in its document's part, [s] int32. 0 begins a document."""
-
-# Packed sequences of a phase differ in length by steps of about this share of a sample: a GPU plans attention and memory per shape, so
-# few shapes are worth a step, 0.1% of the tokens.
-GRAIN_SHARE = 1 / 1024
 
 
 def positions_and_loss_mask(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -42,18 +38,12 @@ def positions_and_loss_mask(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 def grain_tokens(args: Any) -> int:
     """What the length of a packed sequence is a multiple of in the layout and precision of Megatron's `args`."""
-    context = args.context_parallel_size
-    per_rank = args.tensor_model_parallel_size if args.sequence_parallel else 1
-    if args.fp8:
-        per_rank *= 32 if args.fp8_recipe == "mxfp8" else 16
-    unit = math.lcm(multiple_tokens(context), context * per_rank)
-    # Without context parallelism nothing grows: a sample is as long as the linter has allowed.
-    return unit if context == 1 else unit * max(1, math.floor(args.seq_length * GRAIN_SHARE / unit))
-
-
-def multiple_tokens(context: int) -> int:
-    """What a document's room is a multiple of with `context` context-parallel ranks."""
-    return 2 * context if context > 1 else 1
+    return document_packing.grain_tokens(
+        args.seq_length,
+        context=args.context_parallel_size,
+        sequence_parallel=args.tensor_model_parallel_size if args.sequence_parallel else 1,
+        fp8=args.fp8_recipe if args.fp8 else None,
+    )
 
 
 def pack(sample: dict[str, torch.Tensor], multiple: int, grain: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

@@ -30,6 +30,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: 
 from data_prep.progress import Silent  # noqa: E402
 from model import builder, config, convert  # noqa: E402
 from model.packing import zigzag_positions  # noqa: E402
+from recipes.document_packing import multiple_tokens  # noqa: E402
 from tests.training import factory, sft_factory  # noqa: E402
 from training import documents, index_cache, stage  # noqa: E402
 
@@ -81,7 +82,7 @@ def numbers(folder: Path, imported: Path) -> int:
     def losses(lengths: tuple[int, ...], text: torch.Tensor, restart: bool = True) -> torch.Tensor:
         """[s] nats of every token of the sample, 0 where there is no loss; leaves gradients of their sum."""
         sample = batch_of(text, lengths)
-        whole, bounds = documents.pack(sample, documents.multiple_tokens(ranks), documents.grain_tokens(args))
+        whole, bounds = documents.pack(sample, multiple_tokens(ranks), documents.grain_tokens(args))
         batch, packed = documents.on_this_rank(whole, bounds, restart_positions=restart)
         net.zero_grad()
         output = net(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed)

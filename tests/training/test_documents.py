@@ -29,6 +29,8 @@ cpu_backend.install()
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 
 from model import convert  # noqa: E402
+from recipes.document_packing import DocumentLengths, grain_tokens, multiple_tokens  # noqa: E402
+from recipes.job_options import Parallel, Precision  # noqa: E402
 from tests.model.test_attention import attention  # noqa: E402
 from training import blend, documents  # noqa: E402
 
@@ -171,7 +173,7 @@ def test_samples_know_their_documents(worked):
 )
 def test_packing_keeps_every_token_and_its_document(rows, context, grains):
     size = max(sum(row) for row in rows) + 2
-    multiple = documents.multiple_tokens(context)
+    multiple = multiple_tokens(context)
     parts = [[*row, size - sum(row)] for row in rows]
     made = [documents.positions_and_loss_mask(np.array(row)) for row in parts]
     text = torch.arange(1, len(rows) * size + 1).view(len(rows), size)
@@ -202,6 +204,39 @@ def test_packing_keeps_every_token_and_its_document(rows, context, grains):
     assert int(learned.sum()) == sum(int(mask.sum()) for _, mask in made)
     places = [i for start, end in itertools.pairwise(cuts) for i in range(end - start)]
     assert packed["position_ids"][0].tolist() == places
+
+
+@pytest.mark.parametrize(
+    ("mean", "length", "context", "samples"), [(300, 4096, 1, 2), (700, 8192, 4, 1), (20, 2048, 8, 1), (30_000, 16384, 8, 2)]
+)
+def test_the_plan_counts_what_packing_makes(mean, length, context, samples):
+    """recipes/document_packing.py against packed samples of random documents: what attention spans, and the padding."""
+    rng = np.random.default_rng(mean)
+    made = np.maximum(1, rng.lognormal(np.log(mean), 1.0, 400 * length // mean + 40)).astype(np.int64)
+    values, counts = np.unique(made, return_counts=True)
+    per_token = tuple((float(n), count / made.sum()) for n, count in zip(values, counts, strict=True))
+    layout = Parallel(name="x", gpus=8, tensor=2, sequence_parallel=True, context=context, micro_batch_samples=samples)
+    precision = Precision(name="bf16", dtype="bf16")
+    planned = DocumentLengths(per_token, len(made), len(made)).packing(length, layout, precision)
+    starts = np.concatenate([[0], np.cumsum(made)])
+    places = np.arange(starts[-1], dtype=np.int64) - np.repeat(starts[:-1], made)
+    rows = len(places) // (samples * length)
+    squares = tokens = computed = 0
+    grain = grain_tokens(length, context=context, sequence_parallel=2, fp8=None)
+    for row in places[: rows * samples * length].reshape(rows, samples, length):
+        positions = row.copy()
+        for sample in positions:  # a part that goes on from the sample before counts from 0 again
+            first = np.flatnonzero(sample == 0)
+            sample[: first[0] if len(first) else length] -= sample[0]
+        each = {key: torch.zeros(samples, length) for key in ("tokens", "labels", "loss_mask")}
+        each[documents.POSITIONS_KEY] = torch.from_numpy(positions.astype(np.int32))
+        _, bounds = documents.pack(each, multiple_tokens(context), grain)
+        cut = np.diff(np.flatnonzero(positions.reshape(-1) == 0), append=samples * length)
+        squares, tokens, computed = squares + int((cut**2).sum()), tokens + samples * length, computed + int(bounds[-1])
+    assert rows > 50
+    assert planned.attended_tokens == pytest.approx(squares / tokens, rel=0.02)
+    assert planned.padding_share == pytest.approx(computed / tokens - 1, rel=0.05, abs=3e-4)
+    assert (planned.padding_share == 0) == (context == 1)
 
 
 def test_lengths_fit_layout_and_precision():
