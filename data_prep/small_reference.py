@@ -53,7 +53,7 @@ class SmallReference:
     def __init__(self, skeleton: str, table: TokenTable, merges: np.ndarray, *, control_as_text: bool) -> None:
         self._config, self._table, self._control_as_text = json.loads(skeleton), table, control_as_text
         self._left, self._right, self._merged = map(np.ascontiguousarray, merges.T)
-        self._heads = table.heads[self._merged]
+        self._pairs = np.stack([table.pairs(self._merged, place) for place in (0, 1, -2)])
         self._characters = byte_characters()
 
     def takes(self, texts: Sequence[str]) -> bool:
@@ -82,11 +82,13 @@ class SmallReference:
         present = np.zeros(len(self._table.lengths), dtype=bool)
         singles = self._table.single_bytes
         present[singles] = [spelled in content for spelled in self._table.many_bytes(singles)]
-        # What a merge makes can only occur where its first two bytes do: one look rules out most of the vocabulary.
+        # What a merge makes can only occur where its first, second and last two bytes do: that rules out nearly all of the vocabulary.
         pairs = np.zeros(1 << 16, dtype=bool)
         points = np.frombuffer(content, np.uint8).astype(np.uint16)
         pairs[(points[:-1] << 8) | points[1:]] = True
-        candidates = np.flatnonzero(pairs[self._heads])
+        candidates = np.arange(len(self._merged))
+        for some in self._pairs:
+            candidates = candidates[pairs[some[candidates]]]
         made = self._merged[candidates]
         present[made] = [spelled in content for spelled in self._table.many_bytes(made)]
         usable = present[made] & present[self._left[candidates]] & present[self._right[candidates]]

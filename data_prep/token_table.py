@@ -94,6 +94,12 @@ class TokenTable:
         starts, lengths = self._starts[numbers].tolist(), self.lengths[numbers].tolist()
         return [content[start : start + length] for start, length in zip(starts, lengths, strict=True)]
 
+    def pairs(self, numbers: np.ndarray, place: int) -> np.ndarray:
+        """uint16: the two bytes at `place` (from the end where it is negative) of tokens of two bytes or more; the last two of shorter ones."""
+        lengths = self.lengths[numbers]
+        first = self._starts[numbers] + np.minimum(place if place >= 0 else lengths + place, lengths - 2)
+        return (self.contents[first].astype(np.uint16) << 8) | self.contents[first + 1]
+
     @property
     def single_bytes(self) -> np.ndarray:
         """Tokens that stand for one byte."""
