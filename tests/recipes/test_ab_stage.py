@@ -92,6 +92,8 @@ def test_a_job_has_room_for_the_larger_arm(gated: Recipe) -> None:
 
 
 PRECISION = {"name": "odd", "dtype": "bf16", "fp8": "mxfp8", "fp8_format": "e4m3"}
+FP16 = {"beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1, "clip_grad_norm": 1.0, "precision_aware": True,
+        "exp_avg_dtype": "fp16"}  # fmt: skip
 REFUSED: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "elsewhere": ({"stages": ["foundation", "fp8_gate", "capability", "export"]}, "ab.fp8_gate.phase", "in front", "phase=capability"),
     "last": ({"stages": ["foundation", "fp8_gate"]}, "ab.fp8_gate.phase", "directly in front", "nothing comes after it"),
@@ -99,6 +101,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "many steps": ({"ab__fp8_gate__steps": 10**9}, "ab.fp8_gate.steps", "last quarter", "from 4 to"),
     "lacking": ({"ab__fp8_gate__b__precision": PRECISION}, "ab.fp8_gate.b.precision.fp8", "h100 does not have", "precision=bf16"),
     "local FP8": ({"ab__fp8_gate__b__transformer_impl": "local"}, "ab.fp8_gate.b.transformer_impl", "Transformer Engine's", "null"),
+    "optimizer": ({"ab__fp8_gate__b__optimizer": FP16}, "ab.fp8_gate.b.optimizer.exp_avg_dtype", "without its scale", "bf16"),
     "emulated": ({"ab__fp8_gate__b__emulated_fp8": {}}, "ab.fp8_gate.b.emulated_fp8", "h100 has FP8", "ab.fp8_gate.b.precision"),
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ import pytest
 
 from recipes.gpus import GPUS
 from recipes.lint import lint
-from recipes.lint_memory import memory_rules, phase_memory
+from recipes.lint_memory import memory_rules, parts_text, phase_memory
 from recipes.schema import Recipe
 from tests.recipes.conftest import Rule
 
@@ -44,6 +44,16 @@ def test_what_is_offered_fits(five_phase: Recipe, changed: Callable[..., Recipe]
 def test_says_so_where_no_single_change_helps(five_phase: Recipe, changed: Callable[..., Recipe]) -> None:
     [problem] = memory_rules(changed(five_phase, **{"stages": ["foundation"], "phase.foundation.seq_length_tokens": 2**22}))
     assert "quarry plan --search" in problem.remedy
+
+
+def test_what_is_there_at_the_fullest_moment_is_named(five_phase: Recipe) -> None:
+    phase = five_phase.phase["foundation"]
+    alone = phase.parallel.model_copy(update={"gpus": 1, "tensor": 1, "sequence_parallel": False, "recompute": "full"})
+    assert "activations" in parts_text(phase_memory(five_phase, phase, alone))
+    precision = phase.precision.model_copy(update={"gradients_dtype": "bf16"})
+    text = parts_text(phase_memory(five_phase, phase.model_copy(update={"precision": precision}), alone))
+    assert "fp32 copies in the optimizer's step 33.5 GB" in text
+    assert "activations" not in text
 
 
 def test_a_larger_gpu_takes_it_and_cpus_are_not_planned(five_phase: Recipe, changed: Callable[..., Recipe]) -> None:

@@ -1,5 +1,6 @@
 """The published stages as recipes: they compose, they are typed, they hold the published numbers, and Megatron takes them."""
 
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -10,6 +11,7 @@ from recipes.grpo_stage import settings
 from recipes.lint import lint
 from recipes.plan import print_plan
 from recipes.posttrain import Grpo
+from recipes.schema import RecipeError
 
 FOUR_STAGES = """# @package _global_
 defaults:
@@ -118,6 +120,10 @@ def test_megatron_arguments_of_a_published_stage(recipe, tmp_path, gpu):
     assert "--finetune" in arguments
     assert given["--transformer-impl"] == ("local" if gpu == "cpu" else "transformer_engine")
     assert "--finetune" not in job.compile(tmp_path, Load(checkpoints=tmp_path, step=5, resume=True))
+    aware = job.model_copy(update={"optimizer": job.optimizer.model_copy(update={"precision_aware": True})})
+    refusal = pytest.raises(RecipeError, match="optimizer.precision_aware = True: .* ranks run on CPU here")
+    with refusal if gpu == "cpu" else nullcontext():
+        aware.check()
 
 
 def test_the_plan_shows_the_stages(recipe):
