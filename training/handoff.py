@@ -292,6 +292,24 @@ def write_start(stage_dir: Path, decision: Decision) -> None:
     write_json(stage_dir / "start.json", {"training_digest": decision.training_digest, "reason": decision.reason})
 
 
+def write_model_json(recipe: Recipe, stage: str, stage_dir: Path, tokenizer: dict[str, Any]) -> None:
+    """What is needed to read the stage's checkpoints without the recipe (see model/convert.py)."""
+    phase = recipe.phase[stage]
+    path = Path(recipe.data.root) / tokenizer["path"]
+    so_far = recipe.stages[: recipe.stages.index(stage) + 1]
+    write_json(
+        stage_dir / "model.json",
+        {
+            "format": "quarry.model/1",
+            "model": recipe.model.model_dump(mode="json"),
+            "rope_base": phase.rope_base,
+            # What the model has been trained on up to here: an annealing at a shorter length does not take long context back.
+            "max_position_tokens": max(recipe.phase[s].seq_length_tokens for s in so_far if s in recipe.phase),
+            "tokenizer": {**tokenizer, "path": str(path.resolve())},
+        },
+    )
+
+
 def _check_data(
     recipe: Recipe, stage: str, mixture: MixtureManifest, heldout: HeldoutManifest, verify_files: bool
 ) -> list[str]:

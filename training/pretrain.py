@@ -1,18 +1,45 @@
-"""One rank of one pre-training phase, over `megatron.training.pretrain`. Started by training.stage, never by hand."""
+"""A pre-training phase: the node's part (`run_phase`, called by training.stage) and one rank's, over `megatron.training.pretrain`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import write_json
+from data_prep.manifest import HeldoutManifest, MixtureManifest, heldout_path, mixture_path
 from recipes.schedules import learning_rate_function
 from recipes.schema import Recipe
 from training import fast_import, one_rank
 from training.arguments import Load, compile_phase
 from training.exit_codes import FINISHED
-from training.handoff import Drawn, Handoff
+from training.handoff import Drawn, Handoff, resolve
 from training.loss_gate import evaluate_through_gate
+
+
+def run_phase(recipe: Recipe, stage: str, run_dir: Path) -> int:
+    """The node's part: first start, resume or refuse, then its ranks; returns the exit code (see training.stage)."""
+    from data_prep.index_caches import RECORD_NAME, IndexCache, cache_path
+    from training.stage import Ready, train_stage
+
+    data_root = Path(recipe.data.root)
+
+    def look(verify_files: bool) -> Ready:
+        mixture = MixtureManifest.read(mixture_path(data_root, stage))
+        heldout = HeldoutManifest.read(heldout_path(data_root))
+
+        def describe_data() -> str:
+            cache = IndexCache.read(cache_path(data_root, mixture) / RECORD_NAME)
+            how = "verified" if verify_files else "sizes checked, verified by the first node"
+            return f"index cache: {cache.summary()}, {how}, none built"
+
+        return Ready(
+            decision=resolve(recipe, stage, run_dir, mixture, heldout, verify_files=verify_files),
+            seen=recipe,
+            tokenizer=mixture.tokenizer,
+            rank_main=run_rank,
+            describe_data=describe_data,
+        )
+
+    return train_stage(recipe, stage, run_dir, look, program="training.pretrain")
 
 
 def run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, training_digest: str) -> int:
@@ -28,7 +55,6 @@ def _run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, trai
     one_rank.import_megatron(recipe)
     from megatron.training.utils import is_last_rank
 
-    from data_prep.manifest import HeldoutManifest, MixtureManifest, heldout_path, mixture_path
     from training import data, heldout
     from training.forward import forward_step
     from training.hooks import PhaseHooks
@@ -100,24 +126,6 @@ def _run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, trai
         )
     one_rank.leave_group()
     return FINISHED
-
-
-def write_model_json(recipe: Recipe, stage: str, stage_dir: Path, tokenizer: dict[str, Any]) -> None:
-    """What is needed to read the stage's checkpoints without the recipe (see model/convert.py)."""
-    phase = recipe.phase[stage]
-    path = Path(recipe.data.root) / tokenizer["path"]
-    so_far = recipe.stages[: recipe.stages.index(stage) + 1]
-    write_json(
-        stage_dir / "model.json",
-        {
-            "format": "quarry.model/1",
-            "model": recipe.model.model_dump(mode="json"),
-            "rope_base": phase.rope_base,
-            # What the model has been trained on up to here: an annealing at a shorter length does not take long context back.
-            "max_position_tokens": max(recipe.phase[s].seq_length_tokens for s in so_far if s in recipe.phase),
-            "tokenizer": {**tokenizer, "path": str(path.resolve())},
-        },
-    )
 
 
 if __name__ == "__main__":

@@ -6,25 +6,22 @@ its own: the sum of the losses of a global batch is divided by the number of its
 
 from __future__ import annotations
 
-import os
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_prep.files import digest_of
-from data_prep.manifest import DataError, HeldoutManifest, heldout_path
+from data_prep.manifest import HeldoutManifest, heldout_path
 from data_prep.sft_manifest import PackedSequences, SampleStore, SftManifest, manifest_path
 from recipes.schedules import learning_rate_function
-from recipes.schema import Recipe, RecipeError
+from recipes.schema import Recipe
 from recipes.sft_stage import as_phase
 from training import fast_import, one_rank
 from training.arguments import Load, compile_phase
 from training.exit_codes import FINISHED
-from training.handoff import Drawn, Handoff, Refused, data_problems, decide, predecessor, write_start
+from training.handoff import Drawn, Handoff, Refused, data_problems, decide, predecessor
 from training.loss_gate import evaluate_through_gate
-from training.pretrain import write_model_json
 
 # How Megatron normalises: by the loss tokens of the global batch, not by micro batch and rank.
 EXTRA_ARGUMENTS = ("--calculate-per-token-loss",)
@@ -32,54 +29,33 @@ EXTRA_ARGUMENTS = ("--calculate-per-token-loss",)
 
 def run_sft(recipe: Recipe, stage: str, run_dir: Path) -> int:
     """First start, resume or refuse, then the ranks of this node; returns the exit code (see training.stage)."""
-    from training.stage import outcome, refuse, run_ranks
+    from training.stage import Ready, train_stage
 
-    stage_dir = run_dir / "stages" / stage
-    stage_dir.mkdir(parents=True, exist_ok=True)
-    data_root = Path(recipe.data.root)
-    began = time.monotonic()
-    first_node = os.environ.get("NODE_RANK", "0") == "0"  # one node of a job reads all files
-    try:
+    sft, data_root = recipe.sft[stage], Path(recipe.data.root)
+
+    def look(verify_files: bool) -> Ready:
         manifest = SftManifest.read(manifest_path(data_root, stage))
         heldout = HeldoutManifest.read(heldout_path(data_root))
-        seen = as_phase(recipe, stage, manifest.training.sequences)
-        problems = check_data(recipe, stage, manifest, heldout, verify_files=first_node)
+        packs = manifest.training
+        seen = as_phase(recipe, stage, packs.sequences)
+        problems = check_data(recipe, stage, manifest, heldout, verify_files=verify_files)
+        digest, tokenizer = _data_digest(recipe, stage, manifest), manifest.tokenizer
         decision = decide(
-            seen,
-            stage,
-            run_dir,
-            _data_digest(recipe, stage, manifest),
-            manifest.tokenizer.sha256,
-            problems,
-            initial=recipe.sft[stage].initial,
-            verify_files=first_node,
+            seen, stage, run_dir, digest, tokenizer.sha256, problems, initial=sft.initial, verify_files=verify_files
         )
         _check_moments(recipe, stage, decision.previous)
-    except (DataError, Refused, RecipeError) as error:
-        return refuse(error)
-    print(f"stage '{stage}': {decision.kind} ({decision.reason}), verified in {time.monotonic() - began:.1f} s", flush=True)
-    if decision.kind == "finished":
-        return FINISHED
-    packs = manifest.training
-    print(
-        f"samples: {packs.samples} in {packs.sequences} sequences ({packs.utilisation_percent:.2f}% used), {recipe.sft[stage].epochs} epochs, "
-        f"{seen.phase[stage].steps} steps",
-        flush=True,
-    )
-    if decision.kind == "first_start":
-        write_start(stage_dir, decision)
-    write_model_json(seen, stage, stage_dir, manifest.tokenizer.model_dump(mode="json"))
-    code = run_ranks(
-        recipe,
-        stage,
-        run_dir,
-        decision.load,
-        decision.training_digest,
-        program="training.sft",
-        rank_main=run_rank,
-        imports=("training.sft_heldout",),
-    )
-    return outcome(code, stage_dir / "handoff.json")
+        return Ready(
+            decision=decision,
+            seen=seen,
+            tokenizer=tokenizer,
+            rank_main=run_rank,
+            describe_data=lambda: (
+                f"samples: {packs.samples} in {packs.sequences} sequences ({packs.utilisation_percent:.2f}% used), {sft.epochs} epochs, "
+                f"{seen.phase[stage].steps} steps"
+            ),
+        )
+
+    return train_stage(recipe, stage, run_dir, look, program="training.sft", imports=("training.sft_heldout",))
 
 
 def _check_moments(recipe: Recipe, stage: str, previous: Handoff | None) -> None:

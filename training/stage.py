@@ -20,14 +20,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from data_prep.manifest import DataError, TokenizerRecord
 from recipes.schema import Recipe, RecipeError
 from recipes.slurm_options import slurm_options
 from training import disk, fast_import, one_rank, rank_end, stacks, startup, wandb_log
 from training.arguments import Load
 from training.exit_codes import DISK_FULL, FINISHED, REFUSED, REQUEUE
+from training.handoff import Decision, Refused, write_model_json, write_start
 from training.one_rank import RankMain
 
 # After the first rank died the others wait in a collective for it; gloo notices in milliseconds, so this is generous.
@@ -75,6 +78,8 @@ def run_stage(folder: Path, stage: str) -> int:
 def _run_kind(recipe: Recipe, stage: str, run_dir: Path) -> int:
     kind = recipe.stage_kind(stage)
     if kind == "phase":
+        from training.pretrain import run_phase
+
         return run_phase(recipe, stage, run_dir)
     if kind == "sft":
         from training.sft import run_sft
@@ -103,36 +108,55 @@ def refuse(error: Exception) -> int:
     return REFUSED
 
 
-def run_phase(recipe: Recipe, stage: str, run_dir: Path) -> int:
-    from data_prep.index_caches import RECORD_NAME, IndexCache, cache_path
-    from data_prep.manifest import DataError, HeldoutManifest, MixtureManifest, heldout_path, mixture_path
-    from training.handoff import Refused, resolve, write_start
-    from training.pretrain import run_rank, write_model_json
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """What a stage that trains has found on this node before its ranks are made."""
 
+    decision: Decision
+    seen: Recipe
+    """The recipe with the stage as a phase."""
+    tokenizer: TokenizerRecord
+    rank_main: RankMain
+    """A forked rank."""
+    describe_data: Callable[[], str]
+    """One line for the log, of a stage that is not finished."""
+    write_inputs: Callable[[], None] = lambda: None
+    """Writes what its ranks read, beside what all stages have."""
+
+
+def train_stage(
+    recipe: Recipe,
+    stage: str,
+    run_dir: Path,
+    look: Callable[[bool], Ready],
+    *,
+    program: str,
+    imports: tuple[str, ...] = (),
+    refusals: tuple[type[Exception], ...] = (),
+) -> int:
+    """First start, resume or refuse, then the ranks of this node; returns the stage's exit code.
+
+    `look(verify_files)` finds out how the stage begins, on one node of the job with every file compared with its digest: the others would
+    only read them again. It is refused by DataError, Refused, RecipeError and `refusals`. `program` and `imports`: see run_ranks.
+    """
     stage_dir = run_dir / "stages" / stage
     stage_dir.mkdir(parents=True, exist_ok=True)
-    data_root = Path(recipe.data.root)
     began = time.monotonic()
-    # One node of a job reads all files; the others would only read them again.
-    first_node = os.environ.get("NODE_RANK", "0") == "0"
     try:
-        mixture = MixtureManifest.read(mixture_path(data_root, stage))
-        heldout = HeldoutManifest.read(heldout_path(data_root))
-        decision = resolve(recipe, stage, run_dir, mixture, heldout, verify_files=first_node)
-    except (DataError, Refused, RecipeError) as error:
+        ready = look(os.environ.get("NODE_RANK", "0") == "0")
+    except (DataError, Refused, RecipeError, *refusals) as error:
         return refuse(error)
+    decision = ready.decision
     print(f"stage '{stage}': {decision.kind} ({decision.reason}), verified in {time.monotonic() - began:.1f} s", flush=True)
     if decision.kind == "finished":
         return FINISHED
-    cache = IndexCache.read(cache_path(data_root, mixture) / RECORD_NAME)
-    how = "verified" if first_node else "sizes checked, verified by the first node"
-    print(f"index cache: {cache.summary()}, {how}, none built", flush=True)
+    print(ready.describe_data(), flush=True)
     if decision.kind == "first_start":
         write_start(stage_dir, decision)
-    write_model_json(recipe, stage, stage_dir, mixture.tokenizer.model_dump(mode="json"))
-    code = run_ranks(
-        recipe, stage, run_dir, decision.load, decision.training_digest, program="training.pretrain", rank_main=run_rank
-    )
+    write_model_json(ready.seen, stage, stage_dir, ready.tokenizer.model_dump(mode="json"))
+    ready.write_inputs()
+    load, digest = decision.load, decision.training_digest
+    code = run_ranks(recipe, stage, run_dir, load, digest, program=program, rank_main=ready.rank_main, imports=imports)
     return outcome(code, stage_dir / "handoff.json")
 
 

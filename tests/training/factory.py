@@ -208,8 +208,7 @@ def save_before_the_first_step():
 def start_with_torchrun():
     """Main of a process of its own: stage `second` of the run in argv[1] by torchrun, as on GPUs, though its ranks are on the CPU."""
     from training import stage
-    from training.handoff import resolve, write_start
-    from training.pretrain import write_model_json
+    from training.handoff import resolve, write_model_json, write_start
 
     run = Path(sys.argv[1])
     recipe = Recipe.read(run / "recipe.json")

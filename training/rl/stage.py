@@ -6,19 +6,16 @@ held-out losses are compared at the boundary, and a hand-off is left.
 
 from __future__ import annotations
 
-import os
-import time
 from pathlib import Path
 from typing import Any
 
 from data_prep.files import digest_of
-from data_prep.manifest import HeldoutManifest, heldout_path
+from data_prep.manifest import HeldoutManifest, TokenizerRecord, heldout_path
 from data_prep.rl_prompts import prompt_paths
 from recipes.grpo_stage import as_phase, settings
 from recipes.schema import Recipe, RecipeError
 from training import fast_import, one_rank
 from training.arguments import Load
-from training.exit_codes import FINISHED
 from training.files import read_json_lines
 from training.handoff import (
     Decision,
@@ -29,19 +26,17 @@ from training.handoff import (
     final_checkpoint,
     predecessor,
     read_predecessor,
-    write_start,
 )
 from training.loss_gate import evaluate_through_gate
 from training.metrics import MetricsLog
-from training.pretrain import write_model_json
 from training.rl import grpo
 from training.rl.grpo import REFUSALS, Boundary, Inputs, read_inputs
 from training.rl.job import RESUMABLE_CHANGES, Initial, Job
 from training.versions import versions
 
 
-def make_job(recipe: Recipe, stage: str, run_dir: Path) -> tuple[Job, dict[str, Any]]:
-    """The stage as a job, and the record of its data's tokenizer; raises Refused, RecipeError or DataError."""
+def make_job(recipe: Recipe, stage: str, run_dir: Path) -> tuple[Job, TokenizerRecord]:
+    """The stage as a job, and its data's tokenizer; raises Refused, RecipeError or DataError."""
     own = recipe.grpo[stage]
     before = predecessor(recipe, stage, run_dir, own.initial)
     if before is None:
@@ -53,11 +48,11 @@ def make_job(recipe: Recipe, stage: str, run_dir: Path) -> tuple[Job, dict[str, 
     if previous.checkpoint is None:
         raise Refused(f"stage '{before.name}' is an export and leaves no checkpoint; put it after all stages")
     checkpoint = (before / previous.checkpoint).resolve()
-    tokenizer = HeldoutManifest.read(heldout_path(Path(recipe.data.root))).tokenizer.model_dump(mode="json")
+    tokenizer = HeldoutManifest.read(heldout_path(Path(recipe.data.root))).tokenizer
     job = job_of(
         recipe,
         stage,
-        tokenizer=str((Path(recipe.data.root) / tokenizer["path"]).resolve()),
+        tokenizer=str((Path(recipe.data.root) / tokenizer.path).resolve()),
         prompts=[str(path) for path in prompt_paths(own, stage, Path(recipe.data.root))],
         initial=Initial(checkpoints=str(checkpoint.parent), step=int(checkpoint.name.removeprefix("iter_"))),
     )
@@ -98,38 +93,27 @@ def _resolve(recipe: Recipe, stage: str, run_dir: Path, job: Job, inputs: Inputs
 
 def run_grpo(recipe: Recipe, stage: str, run_dir: Path) -> int:
     """First start, resume or refuse, then the ranks of this node; returns the exit code (see training.stage)."""
-    from training.stage import outcome, refuse, run_ranks
+    from training.stage import Ready, train_stage
 
-    stage_dir = run_dir / "stages" / stage
-    stage_dir.mkdir(parents=True, exist_ok=True)
-    first_node = os.environ.get("NODE_RANK", "0") == "0"  # one node of a job reads all files
-    began = time.monotonic()
-    try:
+    def look(verify_files: bool) -> Ready:
         job, tokenizer = make_job(recipe, stage, run_dir)
-        inputs = read_inputs(job)
-        decision = _resolve(recipe, stage, run_dir, job, inputs, verify_files=first_node)
-    except REFUSALS as error:
-        return refuse(error)
-    print(f"stage '{stage}': {decision.kind} ({decision.reason}), verified in {time.monotonic() - began:.1f} s", flush=True)
-    if decision.kind == "finished":
-        return FINISHED
-    own = job.grpo
-    print(
-        f"prompts: {len(inputs.prompts.items)}, {own.prompts_per_step} x {own.samples_per_prompt} samples a step, {own.steps} steps",
-        flush=True,
-    )
-    if decision.kind == "first_start":
-        write_start(stage_dir, decision)
-    write_model_json(as_phase(recipe, stage), stage, stage_dir, tokenizer)
-    job.write(stage_dir / "job.json")
+        inputs, own = read_inputs(job), job.grpo
 
-    def rank_main(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, training_digest: str) -> int:
-        return _run_rank(recipe, stage, run_dir, load, training_digest, job, inputs)
+        def rank_main(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, training_digest: str) -> int:
+            return _run_rank(recipe, stage, run_dir, load, training_digest, job, inputs)
 
-    code = run_ranks(
-        recipe, stage, run_dir, decision.load, decision.training_digest, program="training.rl.stage", rank_main=rank_main
-    )
-    return outcome(code, stage_dir / "handoff.json")
+        return Ready(
+            decision=_resolve(recipe, stage, run_dir, job, inputs, verify_files=verify_files),
+            seen=as_phase(recipe, stage),
+            tokenizer=tokenizer,
+            rank_main=rank_main,
+            describe_data=lambda: (
+                f"prompts: {len(inputs.prompts.items)}, {own.prompts_per_step} x {own.samples_per_prompt} samples a step, {own.steps} steps"
+            ),
+            write_inputs=lambda: job.write(run_dir / "stages" / stage / "job.json"),
+        )
+
+    return train_stage(recipe, stage, run_dir, look, program="training.rl.stage", refusals=REFUSALS)
 
 
 def run_rank(recipe: Recipe, stage: str, run_dir: Path, load: Load | None, training_digest: str) -> int:
