@@ -1,6 +1,5 @@
 """A run of two small phases on generated token data, for tests that start real ranks."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -168,11 +167,10 @@ def make_data(root):
 def build_caches(root):
     """The index caches of both phases, by the command that `quarry prep` starts."""
     make_recipe(root, {"gpus": 1}, "single").write(root / "recipe.json")
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "training.index_cache", "--recipe", str(root / "recipe.json")],
-        check=True,
-        capture_output=True,
-    )
+    output = root / "index_cache.txt"
+    building = stage_server.start(["--recipe", str(root / "recipe.json")], output, module="training.index_cache")
+    assert building.wait(timeout=300) == 0, output.read_text()
+    output.unlink()
 
 
 def start(run, stage):

@@ -1,12 +1,13 @@
-"""Stages by the stage command, forked from one process that has imported torch and Megatron: 3 to 4 s of CPU less each.
+"""Stages and index caches by their commands, forked from one process that has imported torch and Megatron: 3 to 4 s of CPU less each.
 
 What the command has to itself as a process (signals, children, environment, output, exit code) a fork has too. That `python -m
-training.stage` is a command is seen where launchers start it (tests/test_smoke.py, tests/slurm).
+training.stage` and `python -m training.index_cache` are commands is seen where launchers start them (tests/test_smoke.py, tests/slurm).
 """
 
 from __future__ import annotations
 
 import atexit
+import importlib
 import json
 import os
 import select
@@ -20,12 +21,14 @@ from typing import Any
 _server: StageServer | None = None
 
 
-def start(arguments: list[str], output: Path, environment: dict[str, str] | None = None) -> Stage:
-    """`python -m training.stage ARGUMENTS` in the background; what it prints is appended to `output`."""
+def start(
+    arguments: list[str], output: Path, environment: dict[str, str] | None = None, module: str = "training.stage"
+) -> Stage:
+    """`python -m MODULE ARGUMENTS` in the background; what it prints is appended to `output`."""
     global _server
     if _server is None:
         _server = StageServer()
-    return _server.start(arguments, output, {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})})
+    return _server.start(module, arguments, output, {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})})
 
 
 class Stage:
@@ -74,10 +77,16 @@ class StageServer:
     def _end(self) -> None:
         self._process.communicate()  # closes its standard input
 
-    def start(self, arguments: list[str], output: Path, environment: dict[str, str]) -> Stage:
+    def start(self, module: str, arguments: list[str], output: Path, environment: dict[str, str]) -> Stage:
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(self._path)
-        request = {"arguments": arguments, "output": str(output), "environment": environment, "folder": os.getcwd()}
+        request = {
+            "module": module,
+            "arguments": arguments,
+            "output": str(output),
+            "environment": environment,
+            "folder": os.getcwd(),
+        }
         connection.sendall((json.dumps(request) + "\n").encode())
         return Stage(connection)
 
@@ -122,7 +131,7 @@ def _attend(connection: socket.socket) -> None:
 def _become_stage(request: dict[str, Any]) -> None:
     import traceback
 
-    from training import fast_import, stage
+    from training import fast_import
 
     code = 1
     try:
@@ -133,8 +142,8 @@ def _become_stage(request: dict[str, Any]) -> None:
         os.environ.clear()
         os.environ.update(request["environment"])
         os.chdir(request["folder"])
-        sys.argv = ["training.stage", *request["arguments"]]
-        code = stage.main(request["arguments"])
+        sys.argv = [request["module"], *request["arguments"]]
+        code = importlib.import_module(request["module"]).main(request["arguments"])
     except SystemExit as leave:
         code = leave.code if isinstance(leave.code, int) else (0 if leave.code is None else 1)
     except BaseException:

@@ -15,6 +15,7 @@ from data_prep.errors import DataError
 from data_prep.index_caches import IndexCache, cache_path, verify_cache
 from data_prep.indexed import Reader
 from data_prep.manifest import MixtureManifest, mixture_path
+from tests.training import stage_server
 from tests.training.factory import FIRST, SECOND, make_data, make_recipe, start_stage
 
 PHASES = ("first", "second")
@@ -44,13 +45,12 @@ def folder(root, phase="second"):
     return cache_path(root, manifest(root, phase))
 
 
-def build(root, *options, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "training.index_cache", "--recipe", str(root / "recipe.json"), *options],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
+def build(root, *options):
+    """Exit code and output of the command; as a process of its own `test_two_builders_take_turns` starts it."""
+    output = root.parent / "build.txt"
+    output.unlink(missing_ok=True)
+    building = stage_server.start(["--recipe", str(root / "recipe.json"), *options], output, module="training.index_cache")
+    return SimpleNamespace(returncode=building.wait(timeout=300), output=output.read_text())
 
 
 def tree(root):
@@ -112,8 +112,8 @@ def test_the_same_views_give_the_same_caches_anywhere(root, made):
     assert verify_cache(root, manifest(root)) == verify_cache(made, manifest(made))
     shutil.rmtree(root / "cache")
     done = build(root, "--workers", "1")
-    assert done.returncode == 0, done.stderr
-    assert "2 built" in done.stdout
+    assert done.returncode == 0, done.output
+    assert "2 built" in done.output
     assert {path.name: path.read_bytes() for path in folder(root).iterdir()} == before
 
 
@@ -132,8 +132,8 @@ def test_a_cache_of_earlier_views_goes_when_the_new_one_is_there(root):
     ):
         verify_cache(root, manifest(root))
     done = build(root, "--phase", "second")
-    assert done.returncode == 0, done.stderr
-    assert "index caches of 1 phases: 1 built" in done.stdout
+    assert done.returncode == 0, done.output
+    assert "index caches of 1 phases: 1 built" in done.output
     assert not old.exists()
     assert verify_cache(root, manifest(root))
     unchanged = {name: entry for name, entry in first.items() if name.startswith("cache/first")}
@@ -175,19 +175,19 @@ def test_an_index_that_is_not_the_recorded_one_gets_no_cache(root):
     flip(root / "views" / "second" / "web.idx")
     done = build(root)
     assert done.returncode == 78
-    assert "refused: " in done.stderr
-    assert "web.idx: SHA-256" in done.stderr
+    assert "refused: " in done.output
+    assert "web.idx: SHA-256" in done.output
     assert not list((root / "cache").glob("*/*"))
 
 
 def test_no_views_and_unknown_phases_are_refused(root):
     done = build(root, "--phase", "third")
     assert done.returncode == 78
-    assert "--phase third: no such phase among the stages; phases: first, second" in done.stderr
+    assert "--phase third: no such phase among the stages; phases: first, second" in done.output
     mixture_path(root, "first").unlink()
     done = build(root)
     assert done.returncode == 78
-    assert "no manifest at" in done.stderr
+    assert "no manifest at" in done.output
 
 
 def test_a_killed_build_leaves_no_cache_and_the_next_one_cleans_up(root):
