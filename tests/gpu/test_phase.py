@@ -1,4 +1,5 @@
-"""The real stage command on one GPU with Transformer Engine: bf16 and every FP8 recipe train and hand off; so do GPU and CPU to each other.
+"""The real stage command on one GPU with Transformer Engine: bf16, every FP8 recipe and optimizers with small state train and hand off; so do
+GPU and CPU to each other.
 
 Unproven on hardware so far: written against the sources of megatron-core 0.19.2 and Transformer Engine 2.17.
 """
@@ -28,11 +29,30 @@ PRECISIONS = {
         "bf16_layers_at_start": 1,
         "bf16_layers_at_end": 1,
     },
+    "small": {"name": "small", "dtype": "bf16", "gradients_dtype": "bf16"},
+    "small_fp16": {"name": "small_fp16", "dtype": "bf16", "gradients_dtype": "bf16"},
+    "small_tensorwise": {
+        "name": "small_tensorwise",
+        "dtype": "bf16",
+        "fp8": "tensorwise",
+        "fp8_format": "hybrid",
+        "fp8_param_gather": True,
+        "gradients_dtype": "bf16",
+    },
 }
+BF16_MOMENTS = {"precision_aware": True, "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
+OPTIMIZERS = {
+    "small": BF16_MOMENTS,
+    "small_fp16": {**BF16_MOMENTS, "main_params_dtype": "fp16"},
+    "small_tensorwise": BF16_MOMENTS,
+}
+"""Of the phases in some of PRECISIONS, what is not the recipe's."""
 RUNS = {name: ((name, False), (name, False)) for name in PRECISIONS} | {
     "gpu then cpu": (("bf16", False), ("bf16", True)),
     "cpu then gpu": (("bf16", True), ("bf16", False)),
     "bf16 then delayed": (("bf16", False), ("delayed", False)),
+    "bf16 then small": (("bf16", False), ("small", False)),
+    "small then bf16": (("small", False), ("bf16", False)),
 }
 """Name -> (precision, on the CPU) of the first and the second phase."""
 FP8_SHARE = 0.02
@@ -45,6 +65,7 @@ def recipe_of(data_root, phases):
     values["model"].update(WIDER, attention_multiplier=1 / 64)
     for phase, (precision, _) in zip(values["phase"].values(), phases, strict=True):
         phase["precision"] = PRECISIONS[precision]
+        phase["optimizer"] = values["optimizer"] | OPTIMIZERS.get(precision, {})
     return type(recipe).model_validate(values)
 
 
