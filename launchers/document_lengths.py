@@ -1,4 +1,4 @@
-"""Lengths of the documents that a phase draws, from its prepared views: what a plan of a phase with `documents_apart` counts with."""
+"""Lengths of the documents of a stage where they stay apart, from its prepared data: what its plan counts with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipes.document_packing import DocumentLengths
+from recipes.document_packing import DocumentLengths, Known, Packing
 from recipes.schema import Phase, Recipe
 
 if TYPE_CHECKING:
@@ -20,12 +20,14 @@ BLOCK_DOCUMENTS = 1 << 12
 EXACT_TOKENS = 256
 """Longer documents stand together with those of nearly the same length."""
 STEP = 1.01
+NOT_PREPARED = "data not prepared"
 
 
-def known_lengths(recipe: Recipe, stages: Sequence[str]) -> dict[str, DocumentLengths | str]:
-    """Of each phase in `stages` whose documents stay apart: their lengths, or why they are not known."""
+def known_lengths(recipe: Recipe, stages: Sequence[str]) -> dict[str, Known]:
+    """Of each of `stages` whose documents stay apart, fine-tuning included: what is known of them."""
     apart = [stage for stage in stages if stage in recipe.phase and recipe.phase[stage].documents_apart]
-    return {stage: phase_lengths(recipe, stage) for stage in apart}
+    tuned = [stage for stage in stages if stage in recipe.sft]
+    return {s: phase_lengths(recipe, s) for s in apart} | {s: sft_packing(recipe, s) for s in tuned}
 
 
 def phase_lengths(recipe: Recipe, stage: str) -> DocumentLengths | str:
@@ -35,7 +37,7 @@ def phase_lengths(recipe: Recipe, stage: str) -> DocumentLengths | str:
     """
     root = Path(recipe.data.root)
     if not (root / "views" / stage / "manifest.json").is_file():
-        return "data not prepared"
+        return NOT_PREPARED
     from data_prep.columns import open_lengths
     from data_prep.errors import DataError
     from data_prep.indexed import idx_path
@@ -59,6 +61,30 @@ def phase_lengths(recipe: Recipe, stage: str) -> DocumentLengths | str:
     except (DataError, OSError) as error:
         return str(error)
     return DocumentLengths(tuple(sorted(histogram.items())), counted, documents)
+
+
+def sft_packing(recipe: Recipe, stage: str) -> Packing | str:
+    """What the packed samples of fine-tuning stage `stage` span, or why that is not known; as phase_lengths."""
+    root, sft = Path(recipe.data.root), recipe.sft[stage]
+    if not (root / "sft" / stage / "manifest.json").is_file():
+        return NOT_PREPARED
+    import numpy as np
+
+    from data_prep.errors import DataError
+    from data_prep.sft_manifest import SampleStore, SftManifest, manifest_path, packs_prefix, read_array
+
+    try:
+        manifest = SftManifest.read(manifest_path(root, stage))
+        if manifest.seq_length_tokens != sft.seq_length_tokens:
+            return "data prepared with another seq_length_tokens"
+        packed = read_array(packs_prefix(root, stage, manifest.training.name, ".samples.npy"))
+        lengths = SampleStore(manifest, root).lengths[packed].astype(np.float64)
+    except (DataError, OSError) as error:
+        return str(error)
+    if not len(packed):
+        return "no samples to train on"
+    squares = float((np.minimum(lengths, sft.seq_length_tokens) ** 2).sum())
+    return Packing(squares / (manifest.training.sequences * sft.seq_length_tokens), 0.0)
 
 
 def _made_for_another(made_with: dict, seq_length_tokens: int, phase: Phase) -> str | None:

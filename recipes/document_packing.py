@@ -31,12 +31,13 @@ def grain_tokens(seq_length_tokens: int, *, context: int, sequence_parallel: int
 
 @dataclass(frozen=True)
 class Packing:
-    """Of an average token of a phase whose documents stay apart."""
+    """Of an average token of a stage whose documents stay apart. In fine-tuning, whose packed sequences are as long as the stage says: of an
+    average place, padding included."""
 
     attended_tokens: float
-    """Length of its document's part in the sample: twice the tokens that it sees. Sums of squared lengths over sums of lengths."""
+    """Length of its document's part in the sample: twice the tokens that it sees. Sums of squared lengths over sums of tokens."""
     padding_share: float
-    """Tokens that are computed beside those of the samples, per token."""
+    """Tokens that are computed beside those of the samples, per token; of fine-tuning 0."""
 
 
 @dataclass(frozen=True)
@@ -94,3 +95,7 @@ def padding_of_parts(tokens: float, seq_length_tokens: int, multiple: int) -> fl
     # Where it is cut, each of its two parts has 1 to tokens - 1 tokens, all as often.
     of_parts = times * multiple * (multiple - 1) / 2 + rest * multiple - rest * (rest + 1) / 2
     return (1 - cut) * (-int(tokens) % multiple) + 2 * of_parts / seq_length_tokens
+
+
+Known = DocumentLengths | Packing | str
+"""What is known of a stage's documents: their lengths, what became of them where they are packed already (fine-tuning), or why nothing is."""

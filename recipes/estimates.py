@@ -12,7 +12,7 @@ from typing import Any
 
 from recipes import grpo_stage, sft_stage
 from recipes.ab_arms import ARMS, arm_phase
-from recipes.document_packing import DocumentLengths, Packing
+from recipes.document_packing import DocumentLengths, Known, Packing
 from recipes.flops import flops_per_token
 from recipes.gpus import GPUS, Gpu
 from recipes.job_options import Optimizer
@@ -91,7 +91,7 @@ def stage_phase(recipe: Recipe, stage: str) -> Phase | None:
     return None
 
 
-def job_of(recipe: Recipe, phase: Phase, gpu: Gpu, lengths: DocumentLengths | str | None = None) -> Job:
+def job_of(recipe: Recipe, phase: Phase, gpu: Gpu, lengths: Known | None = None) -> Job:
     """One step of `phase` on `gpu`. `lengths` of the documents that it draws matter only where they stay apart."""
     return Job(
         model=recipe.model,
@@ -105,8 +105,10 @@ def job_of(recipe: Recipe, phase: Phase, gpu: Gpu, lengths: DocumentLengths | st
     )
 
 
-def packing_of(phase: Phase, lengths: DocumentLengths | str | None) -> Packing | None:
-    """What becomes of the documents of `phase`; None where they see each other or their lengths are not known."""
+def packing_of(phase: Phase, lengths: Known | None) -> Packing | None:
+    """What becomes of the documents of `phase`; None where they see each other or nothing is known of them."""
+    if isinstance(lengths, Packing):
+        return lengths
     if not isinstance(lengths, DocumentLengths) or not phase.documents_apart:
         return None
     return lengths.packing(phase.seq_length_tokens, phase.parallel, phase.precision)
@@ -138,10 +140,10 @@ def estimate(
     *,
     price_per_gpu_hour: float | None = None,
     sft_steps: Mapping[str, int] | None = None,
-    lengths: Mapping[str, DocumentLengths | str] | None = None,
+    lengths: Mapping[str, Known] | None = None,
 ) -> StageEstimate:
     """What `stage` of a linted recipe needs and costs. `price_per_gpu_hour` None: that of recipes/gpus.py. `sft_steps`: steps of
-    fine-tuning stages whose data are prepared. `lengths`: phase -> lengths of its documents, or why they are not known."""
+    fine-tuning stages whose data are prepared. `lengths`: stage -> what is known of its documents."""
     kind = recipe.stage_kind(stage)
     phase, gpu = stage_phase(recipe, stage), gpu_of(recipe)
     if kind == "ab" and gpu is not None:
@@ -198,16 +200,16 @@ def estimate(
     )
 
 
-def _spans(phase: Phase, packing: Packing | None, lengths: DocumentLengths | str | None) -> dict[str, Any]:
+def _spans(phase: Phase, packing: Packing | None, lengths: Known | None) -> dict[str, Any]:
     """What of a StageEstimate says how its documents are counted."""
     if packing is not None:
         return asdict(packing)
-    if not phase.documents_apart:
+    if not phase.documents_apart and lengths is None:
         return {}
     return {"lengths_unknown": lengths if isinstance(lengths, str) else "nobody looked for its data"}
 
 
-def _gate(recipe: Recipe, stage: str, gpu: Gpu, price: float, lengths: DocumentLengths | str | None) -> StageEstimate:
+def _gate(recipe: Recipe, stage: str, gpu: Gpu, price: float, lengths: Known | None) -> StageEstimate:
     """Both arms of a gate, one after the other in one job; speed and utilisation are of both together, without their held-out losses."""
     phases = [arm_phase(recipe, stage, name) for name in ARMS]
     jobs = [job_of(recipe, phase, gpu, lengths) for phase in phases]
@@ -239,7 +241,7 @@ def estimates(
     *,
     price_per_gpu_hour: float | None = None,
     sft_steps: Mapping[str, int] | None = None,
-    lengths: Mapping[str, DocumentLengths | str] | None = None,
+    lengths: Mapping[str, Known] | None = None,
 ) -> list[StageEstimate]:
     """One per stage, in the order of the curriculum; arguments as of `estimate`."""
     known = {"price_per_gpu_hour": price_per_gpu_hour, "sft_steps": sft_steps, "lengths": lengths}

@@ -214,7 +214,7 @@ def notes(recipe: Recipe, every: Sequence[StageEstimate] | None = None) -> Itera
             reasons.setdefault(each.unknown, []).append(each.stage)
     if reasons:
         yield f"not in the total: {'; '.join(f'{", ".join(stages)} ({reason})' for reason, stages in reasons.items())}"
-    apart = [s for s in recipe.stages if s in recipe.phase and recipe.phase[s].documents_apart]
+    apart = [s for s in recipe.stages if s in recipe.sft or (s in recipe.phase and recipe.phase[s].documents_apart)]
     if apart:
         yield from _documents_notes(apart, every)
     yield from _post_training_notes(recipe)

@@ -10,11 +10,12 @@ import pytest
 from data_prep.files import FileRecord
 from data_prep.indexed import idx_path, index_writer
 from data_prep.manifest import MixtureManifest, TokenizerRecord, ViewSource, mixture_path
+from data_prep.sft_manifest import Packs, SampleFile, SftManifest
 from launchers import document_lengths
-from launchers.document_lengths import known_lengths, phase_lengths
+from launchers.document_lengths import known_lengths, phase_lengths, sft_packing
 from recipes.compose import compose
 from recipes.document_packing import squares_of_parts
-from recipes.estimates import estimates
+from recipes.estimates import estimate, estimates
 from recipes.flops import attention_flops_per_token_squared, matrix_flops_per_token
 from recipes.plan import notes
 from recipes.schema import Recipe
@@ -96,7 +97,7 @@ def test_flops_are_those_of_the_documents_one_by_one(recipe: Recipe, lengths: di
     assert every["foundation"].attended_tokens is None
     text = " ".join(notes(recipe, list(every.values())))
     assert "counted by their own lengths; mean length around a token: long_32k " in text
-    assert "documents stay apart in annealing, long_128k, long_512k, final_annealing, attention is counted over whole" in text
+    assert "documents stay apart in annealing, long_128k, long_512k, final_annealing, sft, attention is counted over" in text
 
 
 def test_of_many_documents_a_part_is_read(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,3 +142,42 @@ def test_a_damaged_index_is_named(recipe: Recipe, lengths: dict[str, np.ndarray]
     idx.write_bytes(idx.read_bytes()[:-3])
     assert "books.idx" in phase_lengths(elsewhere, "long_32k")
     assert "truncated" in phase_lengths(elsewhere, "long_32k")
+
+
+def test_fine_tuning_counts_its_packed_samples(recipe: Recipe, tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    length = recipe.sft["sft"].seq_length_tokens
+    sizes = rng.integers(100, 3000, 50)
+    packed = rng.permutation(50)[:40]  # the others are held out
+    elsewhere = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(tmp_path)})})
+    assert sft_packing(elsewhere, "sft") == "data not prepared"
+    folder = tmp_path / "sft" / "sft"
+    (folder / "packs").mkdir(parents=True)
+    np.save(folder / "packs" / "training.samples.npy", packed)
+    with index_writer(idx_path(folder / "00000"), np.dtype(np.uint16), 50) as writer:
+        writer.put(0, sizes, np.zeros(50))
+    counts = {"read": 50, "samples": 50, "tokens": int(sizes.sum()), "learned_tokens": 1, "max_token_id": 9, "refused": {}}
+    file = SampleFile(input="x", input_sha256="0" * 64, prefix="sft/sft/00000", inputs="0" * 64, files={}, **counts)
+    packs = Packs(
+        name="training", sequences=5, samples=40, tokens=1, learned_tokens=1, utilisation_percent=1.0, cut_samples=0, files={}
+    )
+    tokenizer = TokenizerRecord(kind="sentencepiece", path="x", sha256="0" * 64, vocab_size=10, eod_id=1)
+    values = {"multiple_tokens": 1, "too_long": "cut", "tokenizer": tokenizer, "pad_id": 0, "too_long_samples": {}}
+    fixed = {
+        "stage": "sft",
+        "sources": {"x": [file]},
+        "heldout_copies": 0,
+        "training": packs,
+        "heldout": {},
+        "inputs": "0" * 64,
+    }
+    SftManifest.make(seq_length_tokens=length, **values, **fixed).write(folder / "manifest.json")
+    found = sft_packing(elsewhere, "sft")
+    assert found.attended_tokens == pytest.approx((sizes[packed] ** 2).sum() / (5 * length))
+    known = known_lengths(elsewhere, ["sft"])
+    told, untold = (estimate(elsewhere, "sft", lengths=each) for each in (known, {"sft": "data not prepared"}))
+    assert told.tokens_per_second_per_gpu > 1.05 * untold.tokens_per_second_per_gpu
+    assert told.flops_per_token < untold.flops_per_token
+    assert (told.lengths_unknown, untold.lengths_unknown) == (None, "data not prepared")
+    SftManifest.make(seq_length_tokens=64, **values, **fixed).write(folder / "manifest.json")
+    assert sft_packing(elsewhere, "sft") == "data prepared with another seq_length_tokens"
