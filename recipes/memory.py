@@ -336,12 +336,15 @@ def stage_memory(
     """Memory of the ranks of one pipeline stage; arguments as of rank_memory."""
     state = _fullest_state(model, _state_layout(parallel), precision, optimizer, pipeline_rank)
     tokens = activations.rank_tokens(parallel, seq_length_tokens, micro_batch_samples)
-    parallel = parallel.model_copy(update={"micro_batch_samples": micro_batch_samples})
+    if parallel.micro_batch_samples != micro_batch_samples:
+        parallel = parallel.model_copy(update={"micro_batch_samples": micro_batch_samples})
     in_fp8 = fp8_layers(model, precision)
+    chunks = range(parallel.virtual_pipeline or 1)
+    # Chunks of the same layers keep the same: most of them.
+    kinds = dict.fromkeys(tuple(in_fp8[i] for i in chunk_layers(model, parallel, pipeline_rank, chunk)) for chunk in chunks)
     saved, again = [], []
-    for chunk in range(parallel.virtual_pipeline or 1):
-        layers = [in_fp8[i] for i in chunk_layers(model, parallel, pipeline_rank, chunk)]
-        kept, recomputed = activations.chunk_bytes(model, parallel, precision, tokens, layers)
+    for layers in kinds:
+        kept, recomputed = activations.chunk_bytes(model, parallel, precision, tokens, list(layers))
         saved.append(kept)
         again.append(recomputed)
     activation = in_flight_chunks(parallel, pipeline_rank, micro_batches) * max(saved)

@@ -24,14 +24,14 @@ def parts(tokens: int, length: int, start: int) -> list[int]:
     return made
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(tokens=st.integers(1, 300), length=st.integers(1, 60))
 def test_squares_are_the_mean_over_all_places(tokens: int, length: int) -> None:
     total = sum(part * part for start in range(length) for part in parts(tokens, length, start))
     assert squares_of_parts(tokens, length) == pytest.approx(float(Fraction(total, length)), rel=1e-12)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(tokens=st.integers(1, 300), pieces=st.integers(1, 30), multiple=st.sampled_from([1, 2, 4, 8]))
 def test_padding_is_the_mean_over_all_places(tokens: int, pieces: int, multiple: int) -> None:
     length = pieces * multiple

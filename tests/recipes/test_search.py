@@ -41,9 +41,9 @@ def published(five_phase: Recipe, row_id: str, gradients: str = "bf16") -> tuple
     "row",
     [
         "8b-bf16-128-2504",
-        *(f"8b-fp8-{gpus}-2504" for gpus in (8, 32, 128)),
+        "8b-fp8-8-2504",
         *(f"8b-fp8-{length}k-b200" for length in (8, 16, 32, 64, 128, 256, 512, 1024)),
-        *(f"7b-fp8-{length}k-2403" for length in (4, 8, 16, 32, 128, 256, 512, 1024)),
+        *(f"7b-fp8-{length}k-2403" for length in (4, 8, 256, 512, 1024)),
     ],
 )
 def test_published_layouts_are_among_the_best_five(five_phase: Recipe, row: str) -> None:
@@ -56,14 +56,16 @@ def test_published_layouts_are_among_the_best_five(five_phase: Recipe, row: str)
 
 def test_gradients_in_bf16_are_what_nvidias_fp8_layout_fits_by(five_phase: Recipe) -> None:
     """CP2 and nothing else at 8K: fp32 gradients leave no room for its activations, so that layers would be computed again."""
-    ranked = {}
+    places, found = {}, {}
     for gradients in ("fp32", "bf16"):
         recipe, shape = published(five_phase, "8b-fp8-128-2504", gradients)
-        result = search(recipe, "foundation", tensor_overlap=True, chunked_loss=False, ring_only=True)
-        ranked[gradients] = next(candidate for candidate in result.ranked if candidate.shape == shape)
-    assert ranked["bf16"].saving == "no recompute"
-    assert "again" in ranked["fp32"].saving
-    assert ranked["bf16"].speed > 1.1 * ranked["fp32"].speed
+        ranked = search(recipe, "foundation", tensor_overlap=True, chunked_loss=False, ring_only=True).ranked
+        places[gradients] = [candidate.shape for candidate in ranked].index(shape) + 1
+        found[gradients] = ranked[places[gradients] - 1]
+    assert places["bf16"] <= 5 < places["fp32"]
+    assert found["bf16"].saving == "no recompute"
+    assert "again" in found["fp32"].saving
+    assert found["bf16"].speed > 1.1 * found["fp32"].speed
 
 
 @pytest.mark.parametrize("length", OURS)
