@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
-from data_prep.files import FileRecord, Sha256, Strict, write_json
+from data_prep.files import FileRecord, Sha256, Strict, digest_of, write_json
 
 Count = Annotated[int, Field(ge=0)]
 
 
+def with_digest(values: dict[str, Any]) -> dict[str, Any]:
+    """The JSON object with the digest of all of it under `digest`."""
+    return {**values, "digest": digest_of(values)}
+
+
+def is_whole(values: dict[str, Any]) -> bool:
+    """Whether a JSON object agrees with its own digest; one without a digest does."""
+    rest = {key: value for key, value in values.items() if key != "digest"}
+    return "digest" not in values or digest_of(rest) == values["digest"]
+
+
 class Record(Strict):
-    """A JSON file written last, after the files that it describes."""
+    """A JSON file written last, after the files that it describes. It carries the digest of its own content, checked when it is read."""
 
     inputs: Sha256
     """Digest of all that the output was made from."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole(cls, values: Any) -> Any:
+        """Records of before there were digests have none."""
+        if isinstance(values, dict) and "digest" in values:
+            if not is_whole(values):
+                raise ValueError(f"its digest is {values['digest']}, its content has another: damaged, or edited by hand")
+            return {key: value for key, value in values.items() if key != "digest"}
+        return values
 
     @classmethod
     def read_if_valid(cls, path: Path) -> Self | None:
@@ -27,7 +48,7 @@ class Record(Strict):
             return None
 
     def write(self, path: Path) -> None:
-        write_json(path, self.model_dump(mode="json"))
+        write_json(path, with_digest(self.model_dump(mode="json")))
 
 
 class CorpusRecord(Record):

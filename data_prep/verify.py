@@ -25,7 +25,7 @@ from data_prep.verify_sft import check_sft
 __all__ = ["Finding", "inspect", "verify"]
 
 Collect = Callable[[Verification], object]
-ROOT_FOLDERS = ("views", "tokenized", "heldout", "tokens")
+ROOT_FOLDERS = ("views", "tokenized", "heldout", "tokens", "clean", "corpus")
 USAGE = (
     "name a data root, a folder or manifest below views/, heldout/, sft/ or cache/, a .bin/.idx pair by its prefix or either file, or a "
     "folder of such pairs"

@@ -14,10 +14,11 @@ import numpy as np
 from pydantic import ValidationError
 
 from data_prep.errors import DataError
+from data_prep.files import digest_of
 from data_prep.index_caches import RECORD_NAME, IndexCache, cache_path, verify_cache
 from data_prep.indexed import Index, Reader, bin_path, idx_path
 from data_prep.manifest import HeldoutManifest, MixtureManifest, Signed, TokenizerRecord, ViewSource, heldout_path, mixture_path
-from data_prep.records import CorpusRecord, Record, TokenizedRecord, TokenizerFile
+from data_prep.records import CorpusRecord, Record, TokenizedRecord, TokenizerFile, is_whole
 from data_prep.verification import Digest, PairRecord, Verification
 from data_prep.verify_cache import check_cache
 from data_prep.verify_sft import check_sft
@@ -65,6 +66,9 @@ class Root:
         for manifest in manifests:
             if manifest is not None:
                 self.cache(manifest)
+        plan = self.root / "plan.json"
+        if plan.exists() and not self._object(plan):
+            self.v.find(plan, "record", "a plan", "none, or one that cannot be read")
         self.leftovers({m.phase: m for m in manifests if m is not None})
 
     def _folders(self, name: str) -> list[Path]:
@@ -75,12 +79,31 @@ class Root:
 
     def _record(self, path: Path, kind: type[R]) -> R | None:
         try:
-            return kind.model_validate_json(path.read_bytes())
+            record = kind.model_validate_json(path.read_bytes())
+            self.v.text_is_ours(path)
+            return record
         except FileNotFoundError:
             self.v.find(path, "record", "a file", "no such file")
         except ValidationError as error:
-            self.v.find(path, "record", f"a {kind.__name__} of this version", describe(error))
+            self.v.find(
+                path, "record", f"a {kind.__name__} of this version", describe(error).removeprefix("recipe: Value error, ")
+            )
         return None
+
+    def _object(self, path: Path) -> dict[str, Any]:
+        """The object of a JSON file, checked against its own digest where it has one; empty where there is none that can be read."""
+        try:
+            values = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            values = None
+        if not isinstance(values, dict):
+            return {}
+        if not is_whole(values):
+            self.v.find(
+                path, "digest of the record", digest_of({k: v for k, v in values.items() if k != "digest"}), values["digest"]
+            )
+        self.v.text_is_ours(path)
+        return values
 
     def signed(self, path: Path, kind: type[S]) -> S | None:
         try:
@@ -118,7 +141,7 @@ class Root:
 
     def concatenated(self, path: Path) -> None:
         """The text beside its record, and the list of lines that are no document."""
-        values = _values(path)
+        values = self._object(path)
         for key, suffix in (("file", ".jsonl"), ("quarantine", ".quarantine.jsonl")):
             digest = Digest.find(values.get(key))
             if digest:
@@ -129,7 +152,7 @@ class Root:
     def cleaned(self, path: Path) -> None:
         """Files that a record of cleaning names: {"<name>_record": {"bytes", "sha256"}, "<name>": path below the root}, or
         {"record": ..., "path": ...}, at any depth."""
-        files = list(_recorded_files(_values(path)))
+        files = list(_recorded_files(self._object(path)))
         for name, digest in files:
             self.v.file(self.root / name, digest, path)
         if not files:
@@ -137,7 +160,7 @@ class Root:
 
     def filtered(self, path: Path) -> None:
         """What passed the filters of a shard, and beside it all that a later cleaning takes from this one."""
-        values = _values(path)
+        values = self._object(path)
         others = values.get("others")
         for suffix, record in {"kept.jsonl.zst": values.get("kept"), **(others if isinstance(others, dict) else {})}.items():
             if digest := Digest.find(record):
@@ -149,7 +172,7 @@ class Root:
 
     def tokens(self, path: Path, *, inputs: bool = False) -> None:
         """Check the .bin/.idx pair beside `path`, a record as `quarry tokenize` writes it; `inputs`: and the text that it names."""
-        values = _values(path)
+        values = self._object(path)
         if "bin" not in values or values.get("format") != TOKENS_FORMAT:
             return self.v.find(path, "record", f"one of tokens ({TOKENS_FORMAT})", "none, or one that cannot be read")
         said = {key: values.get(key) for key in ("documents", "tokens", "dtype")}
@@ -444,15 +467,6 @@ class Root:
         for path in sorted(folder.iterdir()):
             if path.name not in known and not path.name.endswith(".tmp"):
                 self.v.find(path, "file", "one that manifest.json names", "one that it does not", DELETE)
-
-
-def _values(path: Path) -> dict[str, Any]:
-    """The object of a JSON file; empty where there is none that can be read."""
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _recorded_files(values: Any) -> Iterator[tuple[str, Digest]]:

@@ -26,7 +26,7 @@ from data_prep.indexed import bin_path, idx_path, index_writer
 from data_prep.manifest import MixtureManifest, TokenizerRecord, ViewSource, is_current, mixture_path
 from data_prep.plan import PARALLEL_DOCUMENTS, Draw, Plan, make_plan, phase_inputs, phases_of
 from data_prep.progress import Progress
-from data_prep.records import TokenizedRecord
+from data_prep.records import TokenizedRecord, is_whole, with_digest
 from recipes.schema import Recipe
 
 PLAN_FORMAT = "quarry.plan/1"
@@ -82,15 +82,16 @@ def update_views(
         total = VIEW_BYTES_PER_DOCUMENT * sum(draw.documents for phase in todo for draw in made.draws[phase].values())
         with progress.step(f"views of {len(todo)} phases", total) as done:
             build_views(data_root, recipe, {p: made.draws[p] for p in todo}, records, tokenizer, workers=workers, on_bytes=done)
-    write_json(plan_path(data_root), {"inputs": decided_by, **describe(recipe, made)})
+    write_json(plan_path(data_root), with_digest({"inputs": decided_by, **describe(recipe, made)}))
 
 
 def _planned_with(data_root: Path) -> str | None:
     """The inputs of the plan that stands; None where there is none that can be read."""
     try:
-        return json.loads(plan_path(data_root).read_bytes())["inputs"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        values = json.loads(plan_path(data_root).read_bytes())
+    except (FileNotFoundError, ValueError):
         return None
+    return values.get("inputs") if isinstance(values, dict) and is_whole(values) else None
 
 
 def build_views(

@@ -1,7 +1,6 @@
 """`quarry verify`: exit codes, usage, what --full adds; pairs without a data root around them."""
 
 import argparse
-import json
 import os
 import shutil
 from pathlib import Path
@@ -15,7 +14,7 @@ from data_prep.manifest import HeldoutManifest, heldout_path
 from data_prep.records import TokenizedRecord
 from data_prep.verify import inspect, verify
 from launchers import verify_command
-from tests.data_prep.verifying import files_of, finding, flip, pair, sign_again
+from tests.data_prep.verifying import files_of, finding, flip, pair, sign_again, write_again
 
 
 def test_a_pair_without_a_record(tmp_path):
@@ -174,9 +173,7 @@ def test_the_users_own_files_are_read_only_when_asked_for(prepared, tmp_path):
     path = tmp_path / "data" / "tokenized" / "web_a.json"
     record = TokenizedRecord.model_validate_json(path.read_bytes())
     own = str(shutil.copy(record.files[0].path, tmp_path / "own.jsonl"))
-    values = json.loads(path.read_text())
-    values["files"][0]["path"] = own
-    write_json(path, values)
+    write_again(path, files=[{**record.files[0].model_dump(mode="json"), "path": own}])
     flip(Path(own), 5)
     prefix = tmp_path / "data" / "tokenized" / "web_a"
     assert verify(prefix) == []

@@ -9,6 +9,7 @@ from data_prep.index_caches import IndexCache, cache_path
 from data_prep.indexed import Index, bin_path, idx_path
 from data_prep.manifest import MixtureManifest, mixture_path
 from data_prep.merge import file_xxh3
+from data_prep.records import with_digest
 
 
 def files_of(findings):
@@ -59,7 +60,9 @@ def record_again(root, name):
 
 
 def write_again(path, **values):
-    write_json(path, {**json.loads(path.read_text()), **values})
+    changed = {**json.loads(path.read_text()), **values}
+    signed = changed.pop("digest", None) is not None
+    write_json(path, with_digest(changed) if signed else changed)
 
 
 def cache(root, phase="first"):

@@ -177,7 +177,6 @@ def test_one_altered_byte_in_what_later_runs_take_over(tmp_path):
     """Found by verify, and made again before another cleaning compares it."""
     made, _ = planted.cleaned(tmp_path, mixed(), **published())
     before, root = tree(tmp_path / "data"), tmp_path / "data"
-    (root / "views").mkdir()  # what verify takes for a data root
     for suffix in ("kept.jsonl.zst", "exact", "minhash", "removed.jsonl.zst"):
         path = root / "clean" / "web_a" / "filtered" / f"00000.{suffix}"
         flip(path, path.stat().st_size // 2)
