@@ -35,7 +35,7 @@ from data_prep.files import FileRecord, Strict, atomic_write, digest_of, record_
 from data_prep.optional import need
 from data_prep.progress import Progress, Silent
 from data_prep.records import Record
-from data_prep.text_files import MAX_BAD_FREE, MAX_BAD_PERCENT, BadLine, is_packed, is_parquet, read_documents
+from data_prep.text_files import MAX_BAD_FREE, MAX_BAD_PERCENT, BadLine, is_packed, is_parquet, keys_of, read_documents
 from recipes.schema import Source
 
 VERSION = 1
@@ -325,7 +325,7 @@ def _read(path: Path, keys: _Keys) -> Iterator[tuple[str, str, str] | BadLine]:
         values = found.record or {}
         missing = next((key for key in (keys.repository, keys.path) if not _is_name(values.get(key))), None)
         if missing is not None:
-            yield BadLine(str(path), number, f"no '{missing}' that is text; keys: {', '.join(sorted(values)[:8])}")
+            yield BadLine(str(path), number, f"no '{missing}' that is text; keys: {keys_of(values)}")
             continue
         inside = values[keys.path].replace("\\", "/").lstrip("/")
         yield values[keys.repository], inside, found.text

@@ -238,8 +238,13 @@ def document_of(value: Any, text_key: str) -> Text | Reason:
     if not isinstance(value, dict):
         return Reason("no JSON object", text=f"a JSON {type(value).__name__}, not an object")
     if text_key not in value:
-        return Reason("no text key", text=f"no key '{text_key}'; keys: {', '.join(sorted(value)[:8])}")
+        return Reason("no text key", text=f"no key '{text_key}'; keys: {keys_of(value)}")
     return check_text(value[text_key], text_key, value)
+
+
+def keys_of(record: dict[str, Any]) -> str:
+    """Some keys, for messages: short, and without lone surrogates, which no file can hold (JSON can spell them)."""
+    return ", ".join(key[:80] for key in sorted(record)[:8]).encode("utf-8", "backslashreplace").decode()
 
 
 def check_text(text: Any, text_key: str, record: dict[str, Any] | None = None) -> Text | Reason:

@@ -201,9 +201,11 @@ class _ShardWork:
                     continue
                 values = found.record or {}
                 id = values.get("id")
-                carried = {key: values[key] for key in self.shard.carry if key in values}
+                carried = {key: values[key] for key in self.shard.carry if key in values and _writable(values[key])}
                 yield (
-                    str(id) if isinstance(id, str | int) else f"{self.shard.source}/{self.shard.name}/{number}",
+                    str(id)
+                    if isinstance(id, str | int) and _writable(id)
+                    else f"{self.shard.source}/{self.shard.name}/{number}",
                     found.text,
                     carried,
                 )
@@ -289,6 +291,15 @@ def _size(text: str) -> int:
 
 
 _dumps: Callable[..., bytes] = orjson.dumps
+
+
+def _writable(value: Any) -> bool:
+    """Whether a value as JSON spelled it can be written: a string may hold a lone surrogate."""
+    try:
+        _dumps(value)
+    except TypeError:
+        return False
+    return True
 
 
 def json_line(value: dict[str, Any]) -> bytes:

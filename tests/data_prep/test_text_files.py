@@ -161,6 +161,13 @@ def test_a_line_over_the_limit_is_not_held():
     assert str(found[1]) == "line too long: 12 bytes, at most 10 are read"
 
 
+def test_reasons_can_be_written_and_are_short():
+    keys = [b'"\\ud800' + b"x" * 10**6 + b'": 1', b'"other": 2']
+    reason = str(parse_line(b"{" + b", ".join(keys) + b"}", "text"))
+    assert reason.encode().startswith(b"no key 'text'; keys: other, \\ud800xxx")
+    assert len(reason) < 200
+
+
 def test_patterns_are_expanded_once_and_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("b.jsonl", "a.jsonl", "c.txt"):

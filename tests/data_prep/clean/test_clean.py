@@ -351,6 +351,18 @@ def test_bad_lines_are_set_aside_with_their_place(tmp_path):
     assert not (tmp_path / "data/clean/web_a/quarantine/web_a.jsonl").exists()
 
 
+def test_lone_surrogates_outside_of_the_text_stop_nothing(tmp_path):
+    texts = {"web_a": ["good one"]}
+    planted.write(tmp_path, texts)
+    path = tmp_path / "raw" / "web_a_0.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"\\ud800key": 1}\n{"text": "good two", "id": "\\ud800"}\n')
+    records = planted.run(tmp_path, planted.recipe(tmp_path, texts))
+    assert (records["web_a"].quarantined_lines, records["web_a"].documents) == (1, 2)
+    quarantine = (tmp_path / "data/clean/web_a/quarantine/web_a.jsonl").read_text()
+    assert json.loads(quarantine)["reason"] == "no key 'text'; keys: \\ud800key"
+    assert "web_a/00000/1" in kept_ids(tmp_path, records)
+
+
 # --- mistakes ----------------------------------------------------------------------------------------------------------------------
 
 
