@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.training import stage_server
 from training import cpu_backend
 
 cpu_backend.install()
@@ -56,12 +54,9 @@ class Workspace:
     def run(self, jobs: list[dict[str, Any]]) -> None:
         """Run `jobs` (fields of rank_worker.Job) one after the other, in one process tree."""
         (self.folder / "jobs.json").write_text(json.dumps(jobs))
-        command = [sys.executable, "-W", "ignore", "-m", "tests.model.rank_worker", str(self.folder)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
-        )
-        assert done.returncode == 0, done.stderr[-6000:]
+        output = self.folder / "log.txt"
+        working = stage_server.start([str(self.folder)], output, program="tests.model.rank_worker:main")
+        assert working.wait(timeout=600) == 0, output.read_text()[-6000:]
 
     def load(self, name: str) -> Any:
         return torch.load(self.folder / f"{name}.pt", weights_only=True)

@@ -1,6 +1,8 @@
 """Runs jobs on forked gloo ranks, each job in a layout of its own, in one process tree, so that torch and Megatron are imported once.
 
-    python -m tests.model.rank_worker FOLDER     # FOLDER/jobs.json: a list of jobs, see `Job`; FOLDER/ids.pt: token ids [B, S]
+    stage_server.start([FOLDER], OUTPUT, program="tests.model.rank_worker:main")
+
+FOLDER/jobs.json: a list of jobs, see `Job`; FOLDER/ids.pt: token ids [B, S]
 
 Writes what the jobs ask for: logits, gradients, checkpoints.
 """
@@ -237,7 +239,8 @@ def run(job: Job, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def main(folder: Path) -> int:
+def main(arguments: list[str]) -> int:
+    folder = Path(arguments[0])
     os.environ.update(MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
     for values in json.loads((folder / "jobs.json").read_text()):
         job = Job(**values)
@@ -265,7 +268,3 @@ def main(folder: Path) -> int:
             print(f"job {job.name}: exit codes {codes}", file=sys.stderr)
             return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))

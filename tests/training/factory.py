@@ -168,7 +168,7 @@ def build_caches(root):
     """The index caches of both phases, by the command that `quarry prep` starts."""
     make_recipe(root, {"gpus": 1}, "single").write(root / "recipe.json")
     output = root / "index_cache.txt"
-    building = stage_server.start(["--recipe", str(root / "recipe.json")], output, module="training.index_cache")
+    building = stage_server.start(["--recipe", str(root / "recipe.json")], output, program="training.index_cache:main")
     assert building.wait(timeout=300) == 0, output.read_text()
     output.unlink()
 
@@ -183,24 +183,22 @@ def start_stage(run, stage):
     return start(run, stage).wait(timeout=300)
 
 
-def save_before_the_first_step():
-    """Main of a process of its own: start stage `second` of the run in argv[1], save what was loaded as step 1, and leave."""
-    from training import stage
-    from training.one_rank import import_megatron
-
-    run = Path(sys.argv[1])
-    import_megatron(Recipe.read(run / "recipe.json"))
+def save_before_the_first_step(arguments):
+    """For stage_server: start stage `second` of the run in `arguments`, save what was loaded as step 1, and leave."""
     import megatron.training.training as upstream
 
+    from training import stage
     from training.hooks import PhaseHooks
+
+    (run,) = arguments
 
     def save_at_once(self, forward_step_func, model, optimizer, scheduler, *args, **kwargs):
         upstream.save_checkpoint_and_time(1, model, optimizer, scheduler, 0, {})
         raise SystemExit(0)
 
     PhaseHooks.train = save_at_once
-    code = stage.main(["--run-dir", str(run), "--stage", "second"])
-    sys.exit(0 if code == stage.REQUEUE else 1)
+    code = stage.main(["--run-dir", run, "--stage", "second"])
+    return 0 if code == stage.REQUEUE else 1
 
 
 def start_with_torchrun():

@@ -6,7 +6,6 @@ The tokenizer is bytes and Granite's role tokens, so that nothing has to be trai
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -164,18 +163,21 @@ def losses_alone(model, store, numbers):
     return total, count
 
 
-def drive():
-    """Main of a process of its own: the jobs of argv[1:] by the stage command; torch and Megatron are imported once.
+def drive(jobs, output):
+    """The jobs by the stage command, one after the other in a process of its own; what it prints, each job's exit code too, is appended to
+    the file `output`.
 
     A job is RUN:STAGE, or RUN:STAGE:STEP, where a rank is killed with SIGKILL once that step is logged, or RUN:leaks, which runs
-    `packed_and_alone`. Prints each job's exit code.
+    `packed_and_alone`.
     """
-    os.environ["OMP_NUM_THREADS"] = "1"
-    from training import stage as command
-    from training.one_rank import import_megatron_on
+    driving = factory.stage_server.start(jobs, output, program="tests.training.sft_factory:_drive")
+    assert driving.wait(timeout=600) == 0, output.read_text()[-4000:]
 
-    import_megatron_on("cpu")
-    for job in sys.argv[1:]:
+
+def _drive(jobs):
+    from training import stage as command
+
+    for job in jobs:
         run, name, *step = job.split(":")
         if step:
             threading.Thread(target=_kill_at, args=(Path(run) / "stages" / name / "metrics.jsonl", int(step[0]))).start()
@@ -184,6 +186,7 @@ def drive():
         else:
             code = command.main(["--run-dir", run, "--stage", name])
         print(f"{job}: exit code {code}", flush=True)
+    return 0
 
 
 def _kill_at(metrics, step):

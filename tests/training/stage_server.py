@@ -1,4 +1,5 @@
-"""Stages and index caches by their commands, forked from one process that has imported torch and Megatron: 3 to 4 s of CPU less each.
+"""Stages and index caches by their commands, and tests' own programs that start ranks, forked from one process that has imported torch and
+Megatron: 3 to 4 s of CPU less each.
 
 What the command has to itself as a process (signals, children, environment, output, exit code) a fork has too. That `python -m
 training.stage` and `python -m training.index_cache` are commands is seen where launchers start them (tests/test_smoke.py, tests/slurm).
@@ -22,13 +23,14 @@ _server: StageServer | None = None
 
 
 def start(
-    arguments: list[str], output: Path, environment: dict[str, str] | None = None, module: str = "training.stage"
+    arguments: list[str], output: Path, environment: dict[str, str] | None = None, program: str = "training.stage:main"
 ) -> Stage:
-    """`python -m MODULE ARGUMENTS` in the background; what it prints is appended to `output`."""
+    """`program`, MODULE:FUNCTION that takes the arguments and returns the exit code, in the background in a process of its own; what it
+    prints is appended to `output`."""
     global _server
     if _server is None:
         _server = StageServer()
-    return _server.start(module, arguments, output, {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})})
+    return _server.start(program, arguments, output, {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})})
 
 
 class Stage:
@@ -77,11 +79,11 @@ class StageServer:
     def _end(self) -> None:
         self._process.communicate()  # closes its standard input
 
-    def start(self, module: str, arguments: list[str], output: Path, environment: dict[str, str]) -> Stage:
+    def start(self, program: str, arguments: list[str], output: Path, environment: dict[str, str]) -> Stage:
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(self._path)
         request = {
-            "module": module,
+            "program": program,
             "arguments": arguments,
             "output": str(output),
             "environment": environment,
@@ -142,8 +144,9 @@ def _become_stage(request: dict[str, Any]) -> None:
         os.environ.clear()
         os.environ.update(request["environment"])
         os.chdir(request["folder"])
-        sys.argv = [request["module"], *request["arguments"]]
-        code = importlib.import_module(request["module"]).main(request["arguments"])
+        module, _, function = request["program"].partition(":")
+        sys.argv = [module, *request["arguments"]]
+        code = getattr(importlib.import_module(module), function)(request["arguments"])
     except SystemExit as leave:
         code = leave.code if isinstance(leave.code, int) else (0 if leave.code is None else 1)
     except BaseException:

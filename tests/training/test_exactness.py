@@ -18,6 +18,7 @@ import pytest
 from data_prep.index_caches import cache_path, verify_cache
 from data_prep.manifest import MixtureManifest, mixture_path
 from recipes.job_options import Precision
+from tests.training import stage_server
 from tests.training.factory import STEPS, make_data, make_recipe, read_checkpoint, start, start_stage
 from training.handoff import latest_step
 from training.stage import run_torchrun
@@ -207,8 +208,10 @@ def test_kill_inside_an_asynchronous_save(base, undisturbed):
 def test_handoff_keeps_weights_and_moments_bit_for_bit(base):
     """Load the hand-off into another layout, save before the first step, and compare all tensors of both checkpoints."""
     run = fork_run(base, "moments", "tp2_sp")
-    program = "from tests.training.factory import save_before_the_first_step; save_before_the_first_step()"
-    subprocess.run([sys.executable, "-W", "ignore", "-c", program, str(run)], check=True, capture_output=True)
+    program = "tests.training.factory:save_before_the_first_step"
+    assert stage_server.start([str(run)], run / "log.txt", program=program).wait(timeout=300) == 0, (
+        run / "log.txt"
+    ).read_text()
     before = read_checkpoint(run / "stages" / "first")
     after = read_checkpoint(run / "stages" / "second")
     moments = [key for key in before if "exp_avg" in key]

@@ -49,7 +49,9 @@ def build(root, *options):
     """Exit code and output of the command; as a process of its own `test_two_builders_take_turns` starts it."""
     output = root.parent / "build.txt"
     output.unlink(missing_ok=True)
-    building = stage_server.start(["--recipe", str(root / "recipe.json"), *options], output, module="training.index_cache")
+    building = stage_server.start(
+        ["--recipe", str(root / "recipe.json"), *options], output, program="training.index_cache:main"
+    )
     return SimpleNamespace(returncode=building.wait(timeout=300), output=output.read_text())
 
 

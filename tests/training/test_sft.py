@@ -7,8 +7,8 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from data_prep.sft import main as prepare_command
 from data_prep.sft_manifest import PackedSequences, SampleStore, SftManifest, manifest_path
+from tests.training import sft_factory
 from tests.training.sft_factory import hugging_face_model, losses_alone, make_data, make_recipe
 from training import cpu_backend
 from training import stage as stage_command
@@ -44,10 +45,11 @@ CHATS = 100
 
 def drive(*jobs):
     """Exit codes of the jobs, see sft_factory.drive, and everything that was printed."""
-    program = "from tests.training.sft_factory import drive; drive()"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program, *jobs], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, (done.stdout[-2000:], done.stderr[-4000:])
-    return [int(code) for code in re.findall(r": exit code (\d+)\n", done.stdout)], done.stdout + done.stderr
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "log.txt"
+        sft_factory.drive(list(jobs), output)
+        printed = output.read_text()
+    return [int(code) for code in re.findall(r": exit code (\d+)\n", printed)], printed
 
 
 @pytest.fixture(scope="module")

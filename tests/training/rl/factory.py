@@ -1,15 +1,14 @@
-"""Runs of the counting task on real ranks, for tests. One process imports Megatron and makes them all, one after another."""
+"""Runs of the counting task on real ranks, for tests. One process makes them all, one after another."""
 
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
+from tests.training import stage_server
 from training.files import read_json_lines
 from training.rl.demo import make_job
 from training.rl.job import Initial, Job
@@ -32,27 +31,19 @@ def drive(log, *runs):
     A run is a stage folder; with `:kill=STEP`, a rank is ended with SIGKILL once that step is logged; with `:stop=STEP`, the stage is asked
     to stop; with `:job=FILE`, that file of the folder becomes job.json first.
     """
-    program = "from tests.training.rl.factory import _drive; _drive()"
     codes = log.with_suffix(".codes")
-    with open(log, "a") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", program, str(codes), *map(str, runs)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert process.wait(timeout=540) == 0, log.read_text()[-4000:]
+    process = stage_server.start([str(codes), *map(str, runs)], log, program="tests.training.rl.factory:_drive")
+    assert process.wait(timeout=540) == 0, log.read_text()[-4000:]
     return json.loads(codes.read_text())
 
 
-def _drive():
-    from training.one_rank import import_megatron_on
+def _drive(arguments):
     from training.rl.demo import reward
     from training.rl.grpo import run_stage
 
-    import_megatron_on("cpu")
+    result, *runs = arguments
     codes = []
-    for run in sys.argv[2:]:
+    for run in runs:
         name, _, what = run.partition(":")
         folder, (verb, _, argument) = Path(name), what.partition("=")
         if verb == "job":
@@ -62,7 +53,8 @@ def _drive():
         own = Job.read(folder / "job.json").rewards
         codes.append(run_stage(folder, None if own else reward))
         print(f"{run}: exit code {codes[-1]}", flush=True)
-    Path(sys.argv[1]).write_text(json.dumps(codes))
+    Path(result).write_text(json.dumps(codes))
+    return 0
 
 
 def _interrupt(metrics, verb, step):

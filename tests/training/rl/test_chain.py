@@ -1,15 +1,13 @@
 """The stage in a chain: fine-tuning, reinforcement learning in another layout, export; each by the command that launchers start."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
 
 from recipes.schema import Recipe
+from tests.training import sft_factory
 from tests.training.factory import read_checkpoint
 from tests.training.sft_factory import LENGTH, MODEL, VOCAB_SIZE, losses_alone, make_data, make_recipe
 from training import arguments
@@ -119,16 +117,8 @@ def first_stages(root, raw, finished):
 
 
 def drive(root, *jobs):
-    """The stage command for each RUN:STAGE, in one process that imports Megatron once."""
-    with open(root / "log.txt", "a") as log:
-        subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", "from tests.training.sft_factory import drive; drive()", *jobs],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=True,
-            timeout=540,
-        )
+    """The stage command for each RUN:STAGE, in one process."""
+    sft_factory.drive(list(jobs), root / "log.txt")
     text = (root / "log.txt").read_text()
     assert all(f"{job}: exit code 0" in text for job in jobs), text[-4000:]
 
