@@ -251,23 +251,38 @@ def _recompute_seconds(job: Job, again: dict[str, float]) -> float:
 
 
 def _offload_seconds(job: Job, constants: Constants, layer: float) -> float:
-    """For an average layer: what waits for activations on their way to the host and back, one layer at a time.
-
-    Transformer Engine 2.17 (cpu_offload.py, DefaultOffloadSynchronizer) sends the first `offload_layers` of a model's layers, each while
-    later ones compute: the n-th must be away before the n-th of the layers that stay begins, and comes back behind the backward passes
-    of as many. `layer` is the time of a layer in both directions, a third of it forward.
-    """
+    """For an average layer: what waits for activations on their way to the host and back. `layer` is the time of a layer in both directions, a
+    third of it forward."""
     layout, gpu, layers = job.parallel, job.gpu, job.model.num_layers
-    away = layout.offload_layers
-    if away is None:
+    if layout.offload_layers is None:
         return 0.0
     tokens = rank_tokens(layout, job.seq_length_tokens, layout.micro_batch_samples)
     saved = layer_bytes(job.model, layout, job.precision, tokens, fp8=job.precision.fp8 is not None)
     transfer = saved / (gpu.host_bytes_per_second * constants.links)
-    forward, backward = layer / 3, 2 * layer / 3
-    sent = max(0.0, away * transfer - (layers - 2) * forward, transfer - (layers - away - 1) * forward)
-    fetched = max(0.0, away * transfer - (layers - 1) * backward, transfer - (layers - away) * backward)
-    return (sent + fetched) / layers
+    return sum(offload_waits_seconds(layers, layout.offload_layers, transfer, layer / 3, 2 * layer / 3)) / layers
+
+
+def offload_waits_seconds(layers: int, away: int, transfer: float, forward: float, backward: float) -> tuple[float, float]:
+    """Time that the forward and the backward pass of `layers` layers wait for the activations of the first `away` of them.
+
+    The schedule of Transformer Engine 2.17 (cpu_offload.py, DefaultOffloadSynchronizer), layer by layer: one at a time goes to the host once
+    it is computed, in `transfer` seconds, and the n-th must be away before the n-th of the layers that stay begins; it comes back from
+    when the backward pass begins that layer, and must be there when its own begins.
+    """
+    stay, now, sent, gone = layers - away, 0.0, 0.0, [0.0]
+    for layer in range(layers):
+        wait = max(0.0, gone[layer - stay + 1] - now) if layer >= stay else 0.0
+        sent, now = sent + wait, now + wait + forward
+        if layer < away:
+            gone.append(max(now, gone[-1]) + transfer)
+    now, fetched, link, back = 0.0, 0.0, 0.0, {}
+    for layer in reversed(range(layers)):
+        if layer >= stay:
+            link = max(link, now) + transfer
+            back[layer - stay] = link
+        wait = max(0.0, back.get(layer, 0.0) - now)
+        fetched, now = fetched + wait, now + wait + backward
+    return sent, fetched
 
 
 def fp8_share(job: Job) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from recipes.lint_layout import phase_layout_rules
 from recipes.schema import Recipe, RecipeError
 from recipes.search import SearchResult, search, with_stage
 from recipes.search_text import as_data, describe, explain, print_search
+from recipes.throughput import step_time
 
 OURS = {"4k": "foundation", "32k": "long_32k", "128k": "long_128k", "512k": "long_512k"}
 
@@ -66,6 +68,12 @@ def test_gradients_in_bf16_are_what_nvidias_fp8_layout_fits_by(five_phase: Recip
     assert found["bf16"].saving == "no recompute"
     assert "again" in found["fp32"].saving
     assert found["bf16"].speed > 1.1 * found["fp32"].speed
+    # As few layers as are enough, and no more.
+    layout = found["fp32"].layout
+    fewer = layout.model_copy(update={"recompute_num_layers": layout.recompute_num_layers - 1})
+    fp32, _ = published(five_phase, "8b-fp8-128-2504", "fp32")
+    assert layout.recompute_method == "block"
+    assert job_memory_bytes(fp32, replace(found["fp32"].job, parallel=fewer)) > 80e9 >= found["fp32"].memory_bytes
 
 
 @pytest.mark.parametrize("length", OURS)
@@ -127,6 +135,36 @@ def test_the_winner_is_explained_in_three_lines(found: dict[str, SearchResult]) 
         assert first.startswith(f"time of {describe(result.ranked[0])}: ")
         assert describe(result.ranked[1]) in second
         assert "would be" in third or "nothing faster" in third
+
+
+def test_ways_of_context_parallelism_are_tried_and_the_fastest_taken(found: dict[str, SearchResult]) -> None:
+    exchanged = next(c for c in found["4k"].ranked if c.shape == (1, 1, 8))
+    assert exchanged.layout.context_communication == "a2a"
+    ring = exchanged.layout.model_copy(update={"context_communication": "p2p"})
+    assert step_time(replace(exchanged.job, parallel=ring)).total > exchanged.time.total
+    assert "CP8 by a2a DP64" in describe(exchanged)
+    # Documents stay apart at 128K, not at 4K.
+    refused = {each.family for each in found["128k"].rejected_ways if "packed samples" in each.reason}
+    assert refused == {"all_gather", "a2a+p2p"}
+    assert not any("packed samples" in each.reason for each in found["4k"].rejected_ways)
+
+
+def test_the_host_is_used_by_request(five_phase: Recipe) -> None:
+    recipe = with_stage(five_phase, "long_32k", gpus=32)
+    offered = search(recipe, "long_32k", offload=True)
+    used = [candidate for candidate in offered.ranked if candidate.layout.offload_layers]
+    assert used
+    for candidate in used:
+        layout = candidate.layout
+        phase = recipe.phase["long_32k"].model_copy(update={"parallel": layout})
+        assert list(phase_layout_rules(recipe, "long_32k", phase)) == []
+        assert f"{layout.offload_layers} layers on the host" in candidate.saving
+        if layout.offload_layers > 1:
+            fewer = layout.model_copy(update={"offload_layers": layout.offload_layers - 1})
+            assert job_memory_bytes(recipe, replace(candidate.job, parallel=fewer)) > 80e9
+    none = search(recipe, "long_32k")
+    assert not any(candidate.layout.offload_layers for candidate in none.ranked)
+    assert offered.ranked[0].speed >= none.ranked[0].speed
 
 
 def test_a_larger_gpu_is_never_worse(five_phase: Recipe, changed, found: dict[str, SearchResult]) -> None:

@@ -13,7 +13,7 @@ from recipes.gpus import GPUS, PEAK_BF16_FLOPS
 from recipes.job_options import Parallel, Precision
 from recipes.memory import rank_memory
 from recipes.schema import Model, Recipe
-from recipes.throughput import ATTENTION_BACKWARD, CONSTANTS, Job, fp8_share, step_time
+from recipes.throughput import ATTENTION_BACKWARD, CONSTANTS, Job, fp8_share, offload_waits_seconds, step_time
 
 BF16 = Precision(name="bf16", dtype="bf16")
 FP8 = Precision(name="fp8", dtype="bf16", fp8="tensorwise", bf16_layers_at_start=1, bf16_layers_at_end=1)
@@ -125,6 +125,21 @@ def test_overlap_helps_and_chunks_and_offload_cost(five_phase: Recipe, layout: d
     if plain.parallel.pipeline == 1:
         offload = plain.parallel.model_copy(update={"offload_layers": 20})
         assert step_time(replace(plain, parallel=offload)).total >= time
+
+
+@settings(max_examples=60, deadline=None)
+@given(layers=st.integers(3, 40), part=st.floats(0.01, 0.99), transfer=st.floats(0.01, 20), backward=st.floats(0.5, 3))
+def test_waiting_for_the_host(layers: int, part: float, transfer: float, backward: float) -> None:
+    """One forward pass of a layer is the unit of time."""
+    away = max(1, min(layers - 1, round(part * layers)))
+    sent, fetched = offload_waits_seconds(layers, away, transfer, 1.0, backward)
+    # All must go behind all layers but the first and the last, one behind those that come between it and the layer that takes its place.
+    least = max(0.0, away * transfer - (layers - 2), transfer - (layers - away - 1))
+    assert sent >= least - 1e-9
+    assert fetched >= max(0.0, away * transfer - (layers - 1) * backward, transfer - (layers - away) * backward) - 1e-9
+    assert max(sent, fetched) <= away * transfer + 1e-9  # nothing is hidden
+    if 2 * away <= layers:  # what goes first is away before a layer waits that goes itself
+        assert sent == pytest.approx(least, abs=1e-9)
 
 
 def test_recomputing_some_layers_costs_their_part(model: Model) -> None:
