@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +30,7 @@ from data_prep.progress import Silent  # noqa: E402
 from model import builder, config, convert  # noqa: E402
 from model.packing import zigzag_positions  # noqa: E402
 from recipes.document_packing import multiple_tokens  # noqa: E402
-from tests.training import factory, sft_factory  # noqa: E402
+from tests.training import factory, interruption  # noqa: E402
 from training import documents, index_cache, stage  # noqa: E402
 
 SAMPLE_TOKENS = 96
@@ -152,7 +151,7 @@ def main(folder: Path) -> None:
         run = folder / "runs" / name
         stage_dir = run / "stages" / "second"
         if name == "killed" and not stage_dir.exists():
-            threading.Thread(target=sft_factory._kill_at, args=(stage_dir / "metrics.jsonl", KILLED_AT)).start()
+            interruption.start(stage_dir / "metrics.jsonl", KILLED_AT)
         if name == "pp2_cp2":
             take_over(stage_dir, folder / "runs" / "single" / "stages" / "second")
         print(f"{name}: exit code {stage.main(['--run-dir', str(run), '--stage', 'second'])}", flush=True)

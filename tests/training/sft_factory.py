@@ -4,10 +4,6 @@ The tokenizer is bytes and Granite's role tokens, so that nothing has to be trai
 """
 
 import json
-import os
-import signal
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +15,7 @@ from data_prep.manifest import HeldoutManifest, HeldoutSet, TokenizerRecord, hel
 from data_prep.sft import prepare_sft
 from data_prep.special_tokens import END, PAD, ROLES
 from recipes.schema import Recipe
-from tests.training import factory
+from tests.training import factory, interruption
 
 VOCAB_SIZE = 288
 """Rows of the model; the tokenizer has 260 entries."""
@@ -180,24 +176,13 @@ def _drive(jobs):
     for job in jobs:
         run, name, *step = job.split(":")
         if step:
-            threading.Thread(target=_kill_at, args=(Path(run) / "stages" / name / "metrics.jsonl", int(step[0]))).start()
+            interruption.start(Path(run) / "stages" / name / "metrics.jsonl", int(step[0]))
         if name == "leaks":
             code = command.run_forked(1, lambda run=run: packed_and_alone(Path(run)))
         else:
             code = command.main(["--run-dir", run, "--stage", name])
         print(f"{job}: exit code {code}", flush=True)
     return 0
-
-
-def _kill_at(metrics, step):
-    """Kill the last rank, a child of this process, when `metrics` has `step` lines."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if metrics.exists() and metrics.read_bytes().count(b"\n") >= step:
-            children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-            os.kill(int(children[-1]), signal.SIGKILL)
-            return
-        time.sleep(0.01)
 
 
 def packed_and_alone(run):

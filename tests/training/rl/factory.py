@@ -1,14 +1,10 @@
 """Runs of the counting task on real ranks, for tests. One process makes them all, one after another."""
 
 import json
-import os
 import shutil
-import signal
-import threading
-import time
 from pathlib import Path
 
-from tests.training import stage_server
+from tests.training import interruption, stage_server
 from training.files import read_json_lines
 from training.rl.demo import make_job
 from training.rl.job import Initial, Job
@@ -49,26 +45,12 @@ def _drive(arguments):
         if verb == "job":
             shutil.copy(folder / argument, folder / "job.json")
         elif verb:
-            threading.Thread(target=_interrupt, args=(folder / "metrics.jsonl", verb, int(argument)), daemon=True).start()
+            interruption.start(folder / "metrics.jsonl", int(argument), verb)
         own = Job.read(folder / "job.json").rewards
         codes.append(run_stage(folder, None if own else reward))
         print(f"{run}: exit code {codes[-1]}", flush=True)
     Path(result).write_text(json.dumps(codes))
     return 0
-
-
-def _interrupt(metrics, verb, step):
-    """Once `metrics` has `step` lines: kill the last rank, a child of this process, or ask this process to stop."""
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        if metrics.exists() and metrics.read_bytes().count(b"\n") >= step:
-            if verb == "stop":
-                os.kill(os.getpid(), signal.SIGTERM)  # passed on to the ranks by training.stage
-            else:
-                children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-                os.kill(int(children[-1]), signal.SIGKILL)
-            return
-        time.sleep(0.005)
 
 
 def rows(stage_dir):
