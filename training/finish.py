@@ -10,6 +10,7 @@ from data_prep.files import digest_of, write_json
 from data_prep.manifest import DataError
 from model.errors import ModelError
 from recipes.schema import Export, Recipe, RecipeError
+from training import fast_import
 from training.handoff import TRACKER, Handoff, Refused, checkpoint_record
 from training.versions import versions
 
@@ -51,7 +52,9 @@ def run_merge(recipe: Recipe, stage: str, run_dir: Path) -> int:
 
     The ledger, the tokens, the RoPE base and the length are those of the last input, the newest model, as are Adam's moments.
     """
-    from model.merge import merge
+    # It computes on CPU tensors, wherever it runs.
+    with fast_import.quick_imports(), fast_import.without_unused_torch():
+        from model.merge import merge
 
     stage_dir = run_dir / "stages" / stage
     inputs = {name: _verified(name, run_dir) for name in recipe.merge[stage].inputs}
