@@ -130,6 +130,11 @@ def concatenate(
         split = _run(_split, tasks, workers, lambda counts: done(counts["bytes"]))
     bad = sum(counts["bad"] for counts in split)
     quarantine = _write_quarantine(destination, plan, bad)
+    if damaged := sum(counts.get("damaged", 0) for counts in split):
+        raise DataError(
+            f"data.sources.{name}: {damaged} of {len(files)} files cannot be read to their end, and nobody knows what is missing; they are "
+            f"listed in {quarantine_path(destination)}; restore them, or leave them out of data.sources.{name}.paths"
+        )
     _refuse(name, destination, sum(counts["lines"] for counts in split), bad, max_bad_percent, max_bad_free)
     with progress.step(f"repositories of {name}", sum(counts["text_bytes"] for counts in split)) as done:
         tasks = [_JoinTask(work, bucket, len(plan.groups)) for bucket in range(plan.buckets)]
@@ -287,7 +292,7 @@ def _split(task: _SplitTask) -> dict[str, int]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     dumps = need("orjson").dumps
-    counts = dict.fromkeys(("bytes", "lines", "bad", "text_bytes"), 0)
+    counts = dict.fromkeys(("bytes", "lines", "bad", "damaged", "text_bytes"), 0)
     with contextlib.ExitStack() as stack:
         buckets = [stack.enter_context(open(folder / f"{bucket:03}", "wb")) for bucket in range(task.buckets)]
         quarantine = stack.enter_context(open(folder / "quarantine.jsonl", "wb"))
@@ -296,6 +301,7 @@ def _split(task: _SplitTask) -> dict[str, int]:
                 counts["lines"] += 1
                 if isinstance(found, BadLine):
                     counts["bad"] += 1
+                    counts["damaged"] += found.damaged
                     entry = {"file": found.file, "line": found.line, "reason": found.reason}
                     quarantine.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
                     continue

@@ -51,6 +51,8 @@ class BadLine:
     line: int
     reason: str
     empty: bool = False
+    damaged: bool = False
+    """It stands for all that the file held beyond it."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def read_documents(
                 else:
                     yield BadLine(shown, number, str(parsed), empty=parsed is EMPTY)
     except DamagedFile as error:
-        yield BadLine(shown, number + 1, str(error))
+        yield BadLine(shown, number + 1, str(error), damaged=True)
 
 
 def is_parquet(path: Path) -> bool:
@@ -334,7 +336,7 @@ def _read_parquet(path: Path, text_key: str, shown: str, columns: Sequence[str])
                 number += 1
                 yield row if isinstance(row, Text) else BadLine(shown, number, str(row), empty=row is EMPTY)
     except DamagedFile as error:
-        yield BadLine(shown, number + 1, str(error))
+        yield BadLine(shown, number + 1, str(error), damaged=True)
 
 
 def expand(patterns: Iterable[str], what: str) -> list[Path]:

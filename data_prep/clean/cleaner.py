@@ -288,13 +288,20 @@ class Job:
     # --- the end
 
     def refuse_bad_lines(self) -> None:
-        """DataError for a source with more bad lines than a few, or without documents."""
+        """DataError for a source with files that break off, with more bad lines than a few, or without documents."""
         by_source: dict[str, list[tuple[Shard, ShardRecord]]] = {}
         for shard, record in zip(self.shards, self.shard_records(), strict=True):
             by_source.setdefault(shard.source, []).append((shard, record))
         for name, found in by_source.items():
             bad = sum(record.bad_lines for _, record in found)
             lines = bad + sum(record.documents_in + record.empty_documents for _, record in found)
+            if damaged := sum(record.damaged_files for _, record in found):
+                first = next(entry for entry in self._quarantine(name) if "damaged" in entry)
+                raise DataError(
+                    f"source '{name}': {damaged} of {len(self.texts[name].files)} files cannot be read to their end, and nobody knows what is "
+                    f"missing; the first: {first['file']}, line {first['line']}: {first['reason']}; restore them, or leave them out of "
+                    f"data.sources.{name}.paths"
+                )
             if bad > MAX_BAD_FREE and bad > lines * MAX_BAD_PERCENT / 100:
                 first = next(self._quarantine(name), None)
                 raise DataError(

@@ -106,6 +106,7 @@ def filter_shard(stage: FilterStage, shard: Shard) -> ShardRecord:
         documents_in=work.documents_in,
         bytes_in=work.bytes_in,
         bad_lines=work.bad_lines,
+        damaged_files=work.damaged,
         empty_documents=work.empty,
         pieces=work.pieces,
         steps={name: tally.count() for name, tally in work.tallies.items()},
@@ -133,7 +134,7 @@ class _ShardWork:
         names = ["text", *(name for name, _ in self.chain if name != "text")]
         names += ["decontamination"] * (self.decontaminator is not None) + ["masking"] * (self.mask is not None)
         self.tallies = {name: Tally() for name in names}
-        self.documents_in = self.bytes_in = self.bad_lines = self.empty = self.documents = self.bytes = 0
+        self.documents_in = self.bytes_in = self.bad_lines = self.damaged = self.empty = self.documents = self.bytes = 0
         self.pieces: list[PieceLines] = []
         self.exact, self.quarantine = bytearray(), bytearray()
         self.hashes: WordHashes | None = None
@@ -196,7 +197,10 @@ class _ShardWork:
                 if isinstance(found, BadLine):
                     self.empty += found.empty
                     self.bad_lines += not found.empty
+                    self.damaged += found.damaged
                     entry = {"file": found.file, "line": found.line, "start_byte": piece.start, "reason": found.reason}
+                    if found.damaged:
+                        entry["damaged"] = True
                     self.quarantine += json_line(entry)
                     continue
                 values = found.record or {}

@@ -53,6 +53,8 @@ class ShardRecord(Record):
     documents_in: Count
     bytes_in: Count
     bad_lines: Count
+    damaged_files: Count = 0
+    """Of these lines, those that stand for the rest of a file."""
     empty_documents: Count
     pieces: list[PieceLines]
     steps: dict[str, StepCount]

@@ -173,6 +173,14 @@ def test_bad_lines_are_kept_apart_with_their_reason(tmp_path):
     assert entries[1]["reason"] == "no 'path' that is text; keys: repo_name, text"
 
 
+def test_a_file_that_breaks_off_is_refused(tmp_path):
+    paths = write(tmp_path / "raw", rows(), suffix="jsonl.gz")
+    paths[-1].write_bytes(paths[-1].read_bytes()[:-9])
+    with pytest.raises(DataError, match=rf"1 of {len(paths)} files cannot be read to their end.*restore them"):
+        run(tmp_path, paths)
+    assert not record_path(tmp_path / "concatenated" / "out.jsonl").exists()
+
+
 def test_wrong_keys_are_refused_and_a_higher_limit_goes_on(tmp_path):
     paths = write(tmp_path / "raw", rows())
     wrong = SOURCE.model_copy(update={"repository_key": "repository"})
