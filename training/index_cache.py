@@ -142,7 +142,7 @@ def _folder_bytes(folder: Path) -> int:
 def _import_builder() -> None:
     # Megatron warns that there is no Transformer Engine and no rank: neither is needed here.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
-    with fast_import.quick_imports():
+    with fast_import.quick_imports(), fast_import.without_unused_torch():
         fast_import.without_compiler()
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns where there is no GPU, as is meant here
         import training.blend  # noqa: F401
