@@ -20,8 +20,16 @@ else
     fi
     "$python" -m venv "$venv"
   fi
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r requirements.lock
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+  install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile --no-deps "$@"; }
+  # Two at a time, because pip unpacks on one core: torch, its compiler and its libraries are most of the bytes, and share no file with the
+  # rest. Both end before an error is one.
+  large='^(nvidia-.*|torch|triton)=='
+  grep -E "$large" requirements.lock | install -r /dev/stdin &
+  first=$! failed=
+  grep -vE "$large" requirements.lock | install -r /dev/stdin || failed=yes
+  wait "$first" || failed=yes
+  [ -z "$failed" ] || { echo "error: pip could not install requirements.lock, see above" >&2; exit 1; }
+  install --no-build-isolation -e .
 fi
 # Byte code now, on all cores, instead of during the first run; but for what is rarely or never imported. Some packages ship templates
 # that are no Python: those do not matter.
