@@ -55,11 +55,17 @@ def run(args: argparse.Namespace) -> int:
     """Returns 0; RecipeError or DataError (exit code 2) when recipe or data are refused."""
     from data_prep.clean.cleaner import clean
     from data_prep.clean.inputs import source_texts
+    from data_prep.errors import DataError
     from data_prep.files import exclusive_lock, remove_leftovers
     from data_prep.progress import Shown
     from data_prep.sources import threads
     from recipes.compose import compose
 
+    for option in ("workers", "memory_gb", "tasks_at_once"):
+        value = getattr(args, option)
+        if value is not None and not value > 0:
+            raise DataError(f"--{option.replace('_', '-')} is {value}; give a number above 0")
+    given = None if args.tokenizer is None else _given_tokenizer(args.tokenizer)  # before hours of cleaning, not behind them
     recipe = compose(args.overrides, args.config_dir)
     root, progress = Path(recipe.data.root), Shown()
     workers = args.workers or threads()
@@ -71,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         if args.slurm and _submitted(args, recipe, root, inputs):
             return 0
         clean(recipe, root, inputs, progress, workers)
-        _show(recipe, root, args.tokenizer, workers)
+        _show(recipe, root, given, workers)
     return 0
 
 
@@ -101,14 +107,14 @@ def _submitted(args: argparse.Namespace, recipe: Recipe, root: Path, inputs: Any
     return bool(jobs)
 
 
-def _show(recipe: Recipe, root: Path, tokenizer: Path | None, threads: int) -> None:
+def _show(recipe: Recipe, root: Path, tokenizer: Any, threads: int) -> None:
     """Write the report and print its table."""
     from rich.console import Console
     from rich.table import Table
 
     from data_prep.clean.funnel import funnel_rows, write_funnel
 
-    paths = write_funnel(recipe, root, _tokenizer(recipe, root, tokenizer), threads=threads)
+    paths = write_funnel(recipe, root, tokenizer or _tokenizer(recipe, root), threads=threads)
     headings, rows = funnel_rows(paths["json"])
     table = Table(title=f"{recipe.data.cleaning.name}: documents in, removed by each step, and out", title_justify="left")
     for heading in headings:
@@ -123,13 +129,22 @@ def _show(recipe: Recipe, root: Path, tokenizer: Path | None, threads: int) -> N
     print(f"report    {paths['md']}\npicture   {paths['png']}")
 
 
-def _tokenizer(recipe: Recipe, root: Path, given: Path | None) -> Any:
-    """The tokenizer to count with, or None where there is none yet."""
+def _given_tokenizer(path: Path) -> Any:
+    from data_prep.errors import DataError
+    from data_prep.tokenizer import load_tokenizer
+
+    if not path.exists():
+        raise DataError(
+            f"--tokenizer: {path} does not exist; name a folder with tokenizer.json, or a SentencePiece .model file"
+        )
+    return load_tokenizer(path, "huggingface" if path.is_dir() else "sentencepiece")
+
+
+def _tokenizer(recipe: Recipe, root: Path) -> Any:
+    """The recipe's tokenizer to count with, or None where there is none yet."""
     from data_prep.tokenizer import load_tokenizer
 
     spec = recipe.data.tokenizer
-    if given is not None:
-        return load_tokenizer(given, "huggingface" if given.is_dir() else "sentencepiece")
     trained = root / "tokenizer" / "tokenizer.model" if spec.kind == "sentencepiece" else root / "tokenizer"
     path = Path(spec.path) if spec.path is not None else trained
     return load_tokenizer(path, spec.kind) if path.exists() else None

@@ -60,6 +60,20 @@ def test_it_cleans_prints_the_funnel_and_does_nothing_twice(tmp_path, capsys):
     assert "filters of" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--tokenizer", "no/tokenizer"), "--tokenizer: no/tokenizer does not exist; name a folder with tokenizer.json"),
+        (("--workers", "0"), "--workers is 0; give a number above 0"),
+        (("--slurm", "--tasks-at-once", "-1"), "--tasks-at-once is -1; give"),
+    ],
+)
+def test_options_are_refused_before_anything_is_read(words, message, monkeypatch):
+    monkeypatch.setattr("recipes.compose.compose", lambda *_: pytest.fail("composed"))
+    with pytest.raises(DataError, match=message):
+        quarry("curriculum=smoke", *words)
+
+
 def test_refusals(tmp_path):
     with pytest.raises(DataError, match="data.cleaning is null"):
         quarry(*small(tmp_path), "data.cleaning=null")
