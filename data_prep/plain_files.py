@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -30,17 +31,24 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+LEFTOVER = re.compile(r"\..+\.\d+\.tmp", re.DOTALL)
+
+
 def temporary_name(path: Path) -> Path:
     """The name that a file has while it is written; leftovers of a killed run are found by `remove_leftovers`."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def remove_leftovers(folder: Path) -> int:
-    """Delete temporary files of killed runs below `folder` (call it under the data root's lock); returns how many."""
+    """Delete temporary files of killed runs below `folder` (call it under the data root's lock); returns how many.
+
+    Only what has a name that `temporary_name` gives: a root may be a folder that others use too.
+    """
     count = 0
     for path in folder.rglob(".*.tmp"):
-        path.unlink()
-        count += 1
+        if LEFTOVER.fullmatch(path.name) and not path.is_dir():
+            path.unlink()
+            count += 1
     return count
 
 
