@@ -55,6 +55,8 @@ class Root:
             self.cleaned(path)
         for path in sorted((self.root / "clean").glob("*/filtered/*.json")):
             self.filtered(path)
+        for path in sorted((self.root / "clean").glob("*/tokens.json")):
+            self._object(path)
         for path in sorted((self.root / "tokens").glob("*.json")):
             self.tokens(path)
         for path in sorted((self.root / "tokenized").glob("*.json")):

@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 from data_prep import files
 from data_prep.clean import clean, executors, shards
 from data_prep.errors import DataError
+from data_prep.files import write_json
 from data_prep.progress import Silent
+from data_prep.records import with_digest
 from data_prep.verify import verify
 from tests.data_prep.clean import planted
 from tests.data_prep.clean.planted import CODE, GERMAN, PROSE, kept, kept_ids, mixed, published, removed
@@ -177,6 +179,12 @@ def test_one_altered_byte_in_what_later_runs_take_over(tmp_path):
     """Found by verify, and made again before another cleaning compares it."""
     made, _ = planted.cleaned(tmp_path, mixed(), **published())
     before, root = tree(tmp_path / "data"), tmp_path / "data"
+    counts = root / "clean" / "web_a" / "tokens.json"
+    write_json(counts, with_digest({"kept": 12}))
+    assert verify(root) == []
+    write_json(counts, {**json.loads(counts.read_text()), "kept": 13})
+    assert [f.file for f in verify(root)] == ["clean/web_a/tokens.json"]
+    counts.unlink()
     for suffix in ("kept.jsonl.zst", "exact", "minhash", "removed.jsonl.zst"):
         path = root / "clean" / "web_a" / "filtered" / f"00000.{suffix}"
         flip(path, path.stat().st_size // 2)
