@@ -35,6 +35,54 @@ CUT = re.compile(r"[^\W_](?=[ \t\r\n.,;:!?()\[\]{}<>/+=*&#@\"%$|\\~`^。，、�
 """A letter or ASCII digit, and behind it a character that is no letter, mark, number or apostrophe (contractions begin with one)."""
 
 
+SPACE = "\u2581"
+"""What SentencePiece writes for a space."""
+SPACE_CUT = re.compile(r"(?<=[A-Za-z0-9]) (?=[A-Za-z0-9])")
+NORMALIZATIONS = ("identity", "nfkc", "nfkc_cf", "nmt_nfkc", "nmt_nfkc_cf")
+"""None of their rules reaches over a space between two ASCII letters or digits."""
+
+
+@dataclass(frozen=True)
+class SpaceCutter:
+    """Cuts long texts for one SentencePiece model: at single spaces between letters, where no piece reaches over a space.
+
+    Byte-pair encoding merges neighbours in the order of scores; what no piece joins cannot influence each other.
+    """
+
+    exact: bool
+    keeps_space: bool = True
+    """Whether the space begins the piece behind it; otherwise the model puts one before every text that it gets."""
+
+    @classmethod
+    def of(cls, content: bytes) -> SpaceCutter:
+        """For a .model."""
+        from sentencepiece import sentencepiece_model_pb2
+
+        model = sentencepiece_model_pb2.ModelProto()
+        model.ParseFromString(content)
+        normalizer, kinds = model.normalizer_spec, sentencepiece_model_pb2.ModelProto.SentencePiece
+        in_text = [piece.piece for piece in model.pieces if piece.type in (kinds.NORMAL, kinds.USER_DEFINED, kinds.UNUSED)]
+        exact = (
+            model.trainer_spec.model_type == sentencepiece_model_pb2.TrainerSpec.BPE
+            and normalizer.name in NORMALIZATIONS
+            and normalizer.escape_whitespaces
+            and (normalizer.add_dummy_prefix or not normalizer.remove_extra_whitespaces)
+            and not any(SPACE in piece.lstrip(SPACE) or " " in piece for piece in in_text)
+        )
+        return cls(exact, not normalizer.add_dummy_prefix)
+
+    def pieces(self, text: str) -> Iterator[str]:
+        """`text` in pieces of about LONG_TEXT_CHARS; a stretch without a place to cut stays whole."""
+        start = 0
+        while self.exact and len(text) - start > LONG_TEXT_CHARS:
+            cut = SPACE_CUT.search(text, start + LONG_TEXT_CHARS)
+            if cut is None:
+                break
+            yield text[start : cut.start()]
+            start = cut.start() if self.keeps_space else cut.end()
+        yield text[start:]
+
+
 @dataclass(frozen=True)
 class Cutter:
     """Cuts long texts for one tokenizer."""

@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from data_prep.cuts import Cutter
+from data_prep.cuts import Cutter, SpaceCutter
 from data_prep.encoders import (
     Encoder,
     GigatokenEncoder,
@@ -248,7 +248,7 @@ def _affixes(reference: HuggingFaceReference) -> tuple[tuple[int, ...], tuple[in
 def make_encoder(choice: Choice, text_key: str, threads: int, memory_bytes: int) -> Encoder:
     """The encoder that was chosen; loads what it needs."""
     if choice.kind == "sentencepiece":
-        return ReferenceEncoder(SentencePieceReference(choice.path, threads), None)
+        return ReferenceEncoder(SentencePieceReference(choice.path, threads), SpaceCutter.of(Path(choice.path).read_bytes()))
     content = Path(choice.path).read_bytes()
     if tokenizer_sha256(Path(choice.path)) != choice.sha256:
         raise DataError(f"{choice.path}: the file changed while it was in use; run the command again")

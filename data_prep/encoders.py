@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_prep.blocks import Block
-from data_prep.cuts import LONG_TEXT_CHARS, Cutter
+from data_prep.cuts import LONG_TEXT_CHARS, Cutter, SpaceCutter
 from data_prep.gigatoken_engine import Engine
 from data_prep.optional import need
 from data_prep.small_reference import SmallReference
@@ -125,7 +125,7 @@ class ReferenceEncoder:
 
     reads_lines = False
 
-    def __init__(self, reference: Reference, cutter: Cutter | None) -> None:
+    def __init__(self, reference: Reference, cutter: Cutter | SpaceCutter) -> None:
         self.reference, self.cutter = reference, cutter
 
     def encode(self, block: Block) -> Encoded:
@@ -136,11 +136,9 @@ class ReferenceEncoder:
 
 
 def in_pieces(
-    cutter: Cutter | None, texts: Sequence[str], encode: Callable[[Sequence[str]], Sequence[np.ndarray]]
+    cutter: Cutter | SpaceCutter, texts: Sequence[str], encode: Callable[[Sequence[str]], Sequence[np.ndarray]]
 ) -> list[Outcome]:
     """What `encode` gives for each text; long ones go through it cut, a few pieces at a time."""
-    if cutter is None or not cutter.exact:
-        return list(encode(texts))
     found: list[Outcome] = [EMPTY] * len(texts)
     short = [number for number, text in enumerate(texts) if len(text) <= LONG_TEXT_CHARS]
     for number, ids in zip(short, encode([texts[number] for number in short]), strict=True):
@@ -150,7 +148,7 @@ def in_pieces(
     return found
 
 
-def _long(cutter: Cutter, text: str, encode: Callable[[Sequence[str]], Sequence[np.ndarray]]) -> Outcome:
+def _long(cutter: Cutter | SpaceCutter, text: str, encode: Callable[[Sequence[str]], Sequence[np.ndarray]]) -> Outcome:
     parts: list[np.ndarray] = []
     for pieces in itertools.batched(cutter.pieces(text), PIECES_TOGETHER):
         longest = max(map(len, pieces))

@@ -26,6 +26,17 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
+def with_digest(values: dict[str, Any]) -> dict[str, Any]:
+    """The JSON object with the digest of all of it under `digest`."""
+    return {**values, "digest": digest_of(values)}
+
+
+def is_whole(values: dict[str, Any]) -> bool:
+    """Whether a JSON object agrees with its own digest; one without a digest does."""
+    rest = {key: value for key, value in values.items() if key != "digest"}
+    return "digest" not in values or digest_of(rest) == values["digest"]
+
+
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

@@ -7,20 +7,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from data_prep.files import FileRecord, Sha256, Strict, digest_of, write_json
+from data_prep.files import FileRecord, Sha256, Strict, write_json
+from data_prep.plain_files import is_whole, with_digest
 
 Count = Annotated[int, Field(ge=0)]
-
-
-def with_digest(values: dict[str, Any]) -> dict[str, Any]:
-    """The JSON object with the digest of all of it under `digest`."""
-    return {**values, "digest": digest_of(values)}
-
-
-def is_whole(values: dict[str, Any]) -> bool:
-    """Whether a JSON object agrees with its own digest; one without a digest does."""
-    rest = {key: value for key, value in values.items() if key != "digest"}
-    return "digest" not in values or digest_of(rest) == values["digest"]
 
 
 class Record(Strict):

@@ -7,13 +7,14 @@ a second, and a fresh run reads none.
 from __future__ import annotations
 
 import dataclasses
+import json
 import string
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from data_prep.encoder_choice import ControlTokens
-from data_prep.plain_files import write_json
+from data_prep.plain_files import is_whole, with_digest, write_json
 
 DIGEST_DIGITS = {"xxh3": 32, "lengths_xxh3": 32, "bad_xxh3": 32, "settings": 64, "inputs": 64, "tokenizer_sha256": 64}
 LOWEST = {"max_token_id": -1, "mtime_ns": None}
@@ -41,10 +42,16 @@ class _Checked:
         """ValueError when it is another version's or damaged."""
         from pydantic import TypeAdapter
 
-        return TypeAdapter(cls).validate_json(content)
+        values = json.loads(content)
+        if isinstance(values, dict) and "digest" in values:  # records of before there were digests have none
+            if not is_whole(values):
+                raise ValueError(f"its digest is {values['digest']}, its content has another: damaged, or edited by hand")
+            del values["digest"]
+        return TypeAdapter(cls).validate_json(json.dumps(values))
 
     def as_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)  # type: ignore[call-overload]  # the subclasses are dataclasses
+        """The values and the digest of them all."""
+        return with_digest(dataclasses.asdict(self))  # type: ignore[call-overload]  # the subclasses are dataclasses
 
 
 @dataclass(frozen=True, kw_only=True)

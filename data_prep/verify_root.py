@@ -18,7 +18,8 @@ from data_prep.files import digest_of
 from data_prep.index_caches import RECORD_NAME, IndexCache, cache_path, verify_cache
 from data_prep.indexed import Index, Reader, bin_path, idx_path
 from data_prep.manifest import HeldoutManifest, MixtureManifest, Signed, TokenizerRecord, ViewSource, heldout_path, mixture_path
-from data_prep.records import CorpusRecord, Record, TokenizedRecord, TokenizerFile, is_whole
+from data_prep.plain_files import is_whole
+from data_prep.records import CorpusRecord, Record, TokenizedRecord, TokenizerFile
 from data_prep.verification import Digest, PairRecord, Verification
 from data_prep.verify_cache import check_cache
 from data_prep.verify_sft import check_sft

@@ -24,9 +24,10 @@ from data_prep.errors import DataError
 from data_prep.files import FileRecord, digest_of, record_file, replace_symlink, write_json
 from data_prep.indexed import bin_path, idx_path, index_writer
 from data_prep.manifest import MixtureManifest, TokenizerRecord, ViewSource, is_current, mixture_path
+from data_prep.plain_files import is_whole, with_digest
 from data_prep.plan import PARALLEL_DOCUMENTS, Draw, Plan, make_plan, phase_inputs, phases_of
 from data_prep.progress import Progress
-from data_prep.records import TokenizedRecord, is_whole, with_digest
+from data_prep.records import TokenizedRecord
 from recipes.schema import Recipe
 
 PLAN_FORMAT = "quarry.plan/1"

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import cuts, encoder_choice, encoders, equality
-from data_prep.cuts import Cutter
+from data_prep.cuts import Cutter, SpaceCutter
 from data_prep.encoder_choice import choose, make_encoder
-from data_prep.encoders import HuggingFaceReference
+from data_prep.encoders import HuggingFaceReference, ReferenceEncoder, SentencePieceReference
 from data_prep.errors import DataError
 from data_prep.gigatoken_engine import Engine
 from data_prep.small_reference import merge_array
@@ -418,3 +418,84 @@ def test_without_the_extra_packages_the_remedy_is_said(monkeypatch):
     with pytest.raises(DataError, match=r"the package 'no_such_package' is not installed.*pip install 'quarry\[data\]'"):
         need("no_such_package.part")
     assert encoder_choice.versions()["gigatoken"] != "none"
+
+
+# --- cuts of SentencePiece -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_models(tmp_path_factory):
+    """(add_dummy_prefix, remove_extra_whitespaces, normalization) -> path of a small BPE model."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    found = {}
+    for prefix, remove, rule in (
+        (False, False, "identity"),
+        (True, False, "identity"),
+        (True, True, "nmt_nfkc"),
+        (False, True, "nfkc"),
+    ):
+        name = folder / f"{prefix}{remove}{rule}"
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(tokenizing.texts(2, 80)), model_prefix=str(name), model_type="bpe", vocab_size=500,
+            byte_fallback=True, normalization_rule_name=rule, add_dummy_prefix=prefix, remove_extra_whitespaces=remove,
+            user_defined_symbols=["1 a", "<x>"] if rule == "nfkc" else ["<x>"], hard_vocab_limit=False, minloglevel=2,
+        )  # fmt: skip
+        found[prefix, remove, rule] = name.with_suffix(name.suffix + ".model")
+    return found
+
+
+@settings(deadline=None, max_examples=60)
+@given(text=stretches, size=st.integers(1, 20))
+def test_sentencepiece_of_pieces_is_that_of_the_whole(sentencepiece_models, text, size):
+    for (prefix, remove, _), path in sentencepiece_models.items():
+        cutter = SpaceCutter.of(path.read_bytes())
+        assert cutter.exact == (prefix or not remove)
+        reference = SentencePieceReference(str(path), 1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuts, "LONG_TEXT_CHARS", size)
+            pieces = list(cutter.pieces(text))
+        assert ("" if cutter.keeps_space else " ").join(pieces) == text
+        assert [t for ids in reference.encode(pieces) for t in ids.tolist()] == reference.encode([text])[0].tolist()
+
+
+def test_sentencepiece_is_cut_only_where_no_piece_reaches_over_a_space(sentencepiece_models):
+    from sentencepiece import sentencepiece_model_pb2
+
+    path = sentencepiece_models[True, False, "identity"]
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(path.read_bytes())
+    assert SpaceCutter.of(model.SerializeToString()).exact
+
+    def changed(change):
+        other = sentencepiece_model_pb2.ModelProto()
+        other.CopyFrom(model)
+        change(other)
+        return SpaceCutter.of(other.SerializeToString())
+
+    for change in (
+        lambda m: setattr(m.trainer_spec, "model_type", sentencepiece_model_pb2.TrainerSpec.UNIGRAM),
+        lambda m: setattr(m.pieces[300], "piece", "a\u2581b"),
+        lambda m: setattr(m.pieces[300], "piece", "a\u2581"),
+        lambda m: setattr(m.pieces[300], "piece", "a b"),
+        lambda m: setattr(m.normalizer_spec, "name", "user_defined"),
+        lambda m: setattr(m.normalizer_spec, "escape_whitespaces", False),
+    ):
+        cutter = changed(change)
+        assert not cutter.exact
+        assert len(list(cutter.pieces("a b " * 10**6))) == 1
+
+
+def test_what_cannot_be_cut_is_bounded(sentencepiece_models, monkeypatch):
+    """A text of any length would take any memory."""
+    encoder = ReferenceEncoder(
+        SentencePieceReference(str(sentencepiece_models[False, True, "nfkc"]), 1),
+        SpaceCutter.of(sentencepiece_models[False, True, "nfkc"].read_bytes()),
+    )
+    monkeypatch.setattr(cuts, "LONG_TEXT_CHARS", 10)
+    monkeypatch.setattr(encoders, "LONG_TEXT_CHARS", 10)
+    monkeypatch.setattr(encoders, "MAX_STRETCH_CHARS", 20)
+    short, long, too_long = encoder.outcomes(["a b", "a b c d e f g", "a b c d e f g h i j k"], Counter())
+    assert [short.tolist(), long.tolist()] == [ids.tolist() for ids in encoder.reference.encode(["a b", "a b c d e f g"])]
+    assert too_long.kind == "stretch too long"

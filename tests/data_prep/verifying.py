@@ -9,7 +9,7 @@ from data_prep.index_caches import IndexCache, cache_path
 from data_prep.indexed import Index, bin_path, idx_path
 from data_prep.manifest import MixtureManifest, mixture_path
 from data_prep.merge import file_xxh3
-from data_prep.records import with_digest
+from data_prep.plain_files import with_digest
 
 
 def files_of(findings):

@@ -21,8 +21,8 @@ from data_prep import files
 from data_prep.clean import clean, executors, shards
 from data_prep.errors import DataError
 from data_prep.files import write_json
+from data_prep.plain_files import with_digest
 from data_prep.progress import Silent
-from data_prep.records import with_digest
 from data_prep.verify import verify
 from tests.data_prep.clean import planted
 from tests.data_prep.clean.planted import CODE, GERMAN, PROSE, kept, kept_ids, mixed, published, removed
