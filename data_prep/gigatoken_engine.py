@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -63,20 +63,19 @@ class Engine:
     def encode_lines(self, buffer: Buffer, text_key: str) -> Ids:
         """Ids of the JSON lines in a sealed buffer."""
         source = self._native.JsonlFileSource([buffer.path], field=text_key)
-        with self._tokenizer_in_use() as tokenizer, _flat_results():
-            ids, counts = tokenizer.encode_files(source, parallel=True)
-        return ids, counts
+        return self._call(lambda tokenizer: tokenizer.encode_files(source, parallel=True))
 
     def encode_texts(self, texts: Sequence[str]) -> Ids:
         if not texts:
             return np.zeros(0, np.uint32), np.zeros(0, np.int64)
-        with self._tokenizer_in_use() as tokenizer, _flat_results():
-            ids, counts = tokenizer.encode_batch(list(texts), parallel=True)
-        return ids, counts
+        return self._call(lambda tokenizer: tokenizer.encode_batch(list(texts), parallel=True))
 
-    @contextlib.contextmanager
-    def _tokenizer_in_use(self) -> Iterator[Any]:
-        """The tokenizer for one call; when memory is used up, the last call under way ends first and a new one is loaded."""
+    def _call(self, work: Callable[[Any], Ids]) -> Ids:
+        """`work` with the tokenizer; when memory is used up, the last call under way ends first and a new one is loaded.
+
+        Nothing but `work`'s own frame may refer to the tokenizer: a reference that outlives the call, even by a moment, would keep the
+        old one in memory beside the new.
+        """
         with self._change:
             self._change.wait_for(lambda: not self._renewing)
             # A process that is large for other reasons (torch is loaded) must not load the tokenizer for every call.
@@ -93,11 +92,10 @@ class Engine:
                 self._fresh_bytes = rss_bytes()
                 self.renewals += 1
             self._calls += 1
-            tokenizer = self._tokenizer
         try:
-            yield tokenizer
+            with _flat_results():
+                return work(self._tokenizer)
         finally:
-            del tokenizer
             with self._change:
                 self._calls -= 1
                 self._change.notify_all()

@@ -344,6 +344,22 @@ def test_memory_stays_bounded_on_random_words_and_nothing_else_changes(folder):
     assert growth < 70 < free_growth
 
 
+def test_no_reference_outlives_a_call(folder, monkeypatch):
+    """A moment is enough for another thread to load the next tokenizer beside the old one: twice the memory."""
+    engine = Engine(content(folder), 1 << 40)
+    left = []
+
+    class Watched(threading.Condition):
+        def notify_all(self):
+            left.append(sys.getrefcount(engine._tokenizer))
+            super().notify_all()
+
+    alone = sys.getrefcount(engine._tokenizer)
+    monkeypatch.setattr(engine, "_change", Watched())
+    engine.encode_texts(["some words"])
+    assert left == [alone]
+
+
 def test_calls_under_way_end_before_the_tokenizer_is_loaded_anew(folder, monkeypatch):
     monkeypatch.setattr("data_prep.gigatoken_engine.MIN_GROWTH_BYTES", -(1 << 40))  # always
     engine = Engine(content(folder), 0)
