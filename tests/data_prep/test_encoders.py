@@ -454,8 +454,8 @@ def sentencepiece_models(tmp_path_factory):
     ):
         name = folder / f"{prefix}{remove}{rule}"
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(tokenizing.texts(2, 80)), model_prefix=str(name), model_type="bpe", vocab_size=500,
-            byte_fallback=True, normalization_rule_name=rule, add_dummy_prefix=prefix, remove_extra_whitespaces=remove,
+            sentence_iterator=iter(tokenizing.texts(2, 150)), model_prefix=str(name), model_type="bpe", vocab_size=1000,
+            character_coverage=0.98, byte_fallback=True, normalization_rule_name=rule, add_dummy_prefix=prefix, remove_extra_whitespaces=remove,
             user_defined_symbols=["1 a", "<x>"] if rule == "nfkc" else ["<x>"], hard_vocab_limit=False, minloglevel=2,
         )  # fmt: skip
         found[prefix, remove, rule] = name.with_suffix(name.suffix + ".model")
