@@ -29,7 +29,7 @@ class Message(BaseModel):
 class Sample(BaseModel):
     """One completion with what is needed to judge it. Everything is JSON: it travels to worker processes without pickle."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     prompt: tuple[Message, ...] = ()
     completion: str
@@ -59,7 +59,7 @@ class Score(BaseModel):
 class Options(BaseModel):
     """Base of every reward's options: unknown keys, wrong types and values out of range are refused by name."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     time_limit_seconds: Annotated[float, Field(gt=0, le=3600)] = 10.0
     """Wall-clock limit of one sample; beyond it the sample gets a failure score."""

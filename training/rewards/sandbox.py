@@ -42,7 +42,7 @@ Status = Literal["exit", "signal", "wall_time", "cpu_time", "output", "memory"]
 class Limits(BaseModel):
     """What one program may use."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     wall_seconds: Annotated[float, Field(gt=0, le=600)] = 5.0
     cpu_seconds: Annotated[int, Field(gt=0, le=600)] = 5
