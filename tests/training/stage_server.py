@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ def start(
     """`program`, MODULE:FUNCTION that takes the arguments and returns the exit code, in the background in a process of its own; what it
     prints is appended to `output`."""
     global _server
+    if _server is not None and (code := _server.ended()) is not None:
+        warnings.warn(f"the stage server has ended with exit code {code}; another one is started", stacklevel=2)
+        _server = None
     if _server is None:
         _server = StageServer()
     return _server.start(program, arguments, output, {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})})
@@ -75,6 +79,10 @@ class StageServer:
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == b"ready\n", "the stage server did not start"
         atexit.register(self._end)
+
+    def ended(self) -> int | None:
+        """Its exit code; None while it runs."""
+        return self._process.poll()
 
     def _end(self) -> None:
         self._process.communicate()  # closes its standard input
