@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -122,15 +123,22 @@ def test_two_phases_that_change_one_mixture_get_a_line_each(five_phase: Recipe, 
     assert "final_annealing (in long_128k, final_annealing): web_hq 40" in text
 
 
-def test_plan_imports_nothing_heavy() -> None:
-    """How fast it is: tests/test_imports.py."""
+def test_plan_answers_in_two_seconds_without_torch_or_matplotlib() -> None:
     code = (
         "import sys; from launchers.cli import main; main(['plan']);"
         "bad = [m for m in ('torch', 'megatron', 'numpy', 'matplotlib', 'nemo_run', 'transformers') if m in sys.modules];"
         "sys.exit(f'imported {bad}' if bad else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
-    assert done.returncode == 0, done.stderr
+    times = []
+    for _ in range(3):  # the best: what other processes do on the same core costs this one processor time, too
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0, done.stderr
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        if times[-1] < 2:
+            return
+    pytest.fail(f"quarry plan took {min(times):.1f} s of CPU at best")
 
 
 def test_a_refused_recipe_exits_2_with_every_problem() -> None:
