@@ -72,44 +72,7 @@ def grpo_rules(recipe: Recipe, stage: str) -> Iterator[Problem]:
             "nothing says what a good answer is",
             f"give {key}.rewards.domains, see training/rewards/plan.py",
         )
-    if layout.context > 1:
-        yield Problem(
-            f"{key}.parallel.context", layout.context, "inference keeps whole sequences", "1, with more tensor parallelism"
-        )
-    if layout.virtual_pipeline is not None:
-        yield Problem(
-            f"{key}.parallel.virtual_pipeline", layout.virtual_pipeline, "inference knows no interleaved schedule", "null"
-        )
-    if layout.overlap_param_gather:
-        yield Problem(
-            f"{key}.parallel.overlap_param_gather", True, "rollouts would read weights before they are gathered", "false"
-        )
-    if layout.loss_chunk_tokens is not None:
-        rule = "the loss is computed from the logits of the responses, temperature and entropy included, not in chunks"
-        yield Problem(f"{key}.parallel.loss_chunk_tokens", layout.loss_chunk_tokens, rule, "null")
-    if grpo.precision.fp8_param_gather:
-        yield Problem(
-            f"{key}.precision.fp8_param_gather", True, "the reference's weights are swapped in as they are saved", "false"
-        )
-    if grpo.precision.fp8 is not None and grpo.rollout.engine == "megatron":
-        rule = "single tokens are not decoded in FP8 here"
-        yield Problem(f"{key}.precision.fp8", grpo.precision.fp8, rule, f"null, or {key}.rollout.engine=vllm with a server")
-    if layout.gpus % layout.model_parallel == 0:
-        dealt = layout.data * grpo.optimizer_steps_per_rollout
-        if grpo.prompts_per_step % dealt:
-            yield Problem(
-                f"{key}.prompts_per_step",
-                grpo.prompts_per_step,
-                f"{layout.data} data-parallel ranks x {grpo.optimizer_steps_per_rollout} optimizer steps do not divide it",
-                f"e.g. {dealt * max(1, grpo.prompts_per_step // dealt)}",
-            )
-        elif grpo.samples_per_optimizer_step % (layout.data * layout.micro_batch_samples):
-            yield Problem(
-                f"{key}.parallel.micro_batch_samples",
-                layout.micro_batch_samples,
-                f"x {layout.data} data-parallel ranks does not divide the {grpo.samples_per_optimizer_step} samples of an optimizer step",
-                "e.g. 1",
-            )
+    yield from trainer_rules(grpo, layout, grpo.precision, key=key, parts=f"{key}.")
     try:
         seen = as_phase(recipe, stage)
     except RecipeError as error:
@@ -119,6 +82,51 @@ def grpo_rules(recipe: Recipe, stage: str) -> Iterator[Problem]:
         if problem.key.endswith("global_batch_samples"):
             continue  # said above, in prompts and samples
         yield replace(problem, key=_own(problem.key, stage), rule=_own(problem.rule, stage), remedy=_own(problem.remedy, stage))
+
+
+def trainer_rules(grpo: Grpo, layout: Parallel, precision: Precision, *, key: str, parts: str) -> Iterator[Problem]:
+    """What the trainer cannot do, in a recipe and in a job that was written without one.
+
+    `key` is where the stage's settings lie, `parts` what stands before the keys of its layout and precision.
+    """
+    if layout.context > 1:
+        yield Problem(
+            f"{parts}parallel.context", layout.context, "inference keeps whole sequences", "1, with more tensor parallelism"
+        )
+    if layout.virtual_pipeline is not None:
+        yield Problem(
+            f"{parts}parallel.virtual_pipeline", layout.virtual_pipeline, "inference knows no interleaved schedule", "null"
+        )
+    if layout.overlap_param_gather:
+        yield Problem(
+            f"{parts}parallel.overlap_param_gather", True, "rollouts would read weights before they are gathered", "false"
+        )
+    if layout.loss_chunk_tokens is not None:
+        rule = "the loss is computed from the logits of the responses, temperature and entropy included, not in chunks"
+        yield Problem(f"{parts}parallel.loss_chunk_tokens", layout.loss_chunk_tokens, rule, "null")
+    if precision.fp8_param_gather:
+        yield Problem(
+            f"{parts}precision.fp8_param_gather", True, "the reference's weights are swapped in as they are saved", "false"
+        )
+    if precision.fp8 is not None and grpo.rollout.engine == "megatron":
+        rule = "single tokens are not decoded in FP8 here"
+        yield Problem(f"{parts}precision.fp8", precision.fp8, rule, f"null, or {key}.rollout.engine=vllm with a server")
+    if layout.gpus % layout.model_parallel:
+        return  # a rule of every layout
+    if grpo.prompts_per_step % layout.data:
+        yield Problem(
+            f"{key}.prompts_per_step",
+            grpo.prompts_per_step,
+            f"{layout.data} data-parallel ranks, which answer a share each, do not divide it",
+            f"e.g. {layout.data * max(1, grpo.prompts_per_step // layout.data)}",
+        )
+    elif grpo.samples_per_optimizer_step % (layout.data * layout.micro_batch_samples):
+        yield Problem(
+            f"{parts}parallel.micro_batch_samples",
+            layout.micro_batch_samples,
+            f"x {layout.data} data-parallel ranks does not divide the {grpo.samples_per_optimizer_step} samples of an optimizer step",
+            "e.g. 1",
+        )
 
 
 def _own(text: str, stage: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.files import digest_of, write_json
-from recipes.grpo_stage import phase_of
+from recipes.grpo_stage import phase_of, trainer_rules
 from recipes.job_options import Optimizer, Parallel, Precision
 from recipes.lint_optimizer import dtype_rules
 from recipes.posttrain import Grpo
@@ -79,34 +79,9 @@ class Job(Strict):
         problems = []
         if grpo.rope_base is None:
             problems.append("grpo.rope_base is null: outside a curriculum there is no phase before; give the model's")
-        if layout.context > 1:
-            problems.append(
-                f"parallel.context is {layout.context}: inference keeps whole sequences; set it to 1, use tensor parallelism"
-            )
-        if layout.virtual_pipeline is not None:
-            problems.append("parallel.virtual_pipeline is set: inference knows no interleaved schedule; set it to null")
-        if layout.overlap_param_gather:
-            problems.append(
-                "parallel.overlap_param_gather is on: rollouts would read weights before they are gathered; set it to false"
-            )
-        if self.precision.fp8_param_gather:
-            problems.append("precision.fp8_param_gather is on: the reference weights are swapped in as bf16; set it to false")
-        if self.precision.fp8 is not None and grpo.rollout.engine == "megatron":
-            problems.append(
-                f"precision.fp8 is {self.precision.fp8}: single tokens are not decoded in FP8 here; use bf16, or rollout.engine vllm"
-            )
         if layout.gpus % layout.model_parallel:
             problems.append(f"parallel.gpus is {layout.gpus}, not a multiple of tensor x pipeline = {layout.model_parallel}")
-        elif grpo.prompts_per_step % layout.data:
-            problems.append(
-                f"grpo.prompts_per_step is {grpo.prompts_per_step}, which {layout.data} data-parallel ranks do not divide; "
-                f"{layout.data} would pass"
-            )
-        elif grpo.samples_per_optimizer_step % (layout.data * layout.micro_batch_samples):
-            problems.append(
-                f"{grpo.samples_per_optimizer_step} samples per optimizer step are no multiple of parallel.micro_batch_samples "
-                f"{layout.micro_batch_samples} x {layout.data} data-parallel ranks; 1 would pass"
-            )
+        problems += map(str, trainer_rules(grpo, layout, self.precision, key="grpo", parts=""))
         if grpo.kl_coefficient > 0 and self.initial is None:
             problems.append(
                 "grpo.kl_coefficient is positive but there is no initial checkpoint to be the reference; set it to 0"

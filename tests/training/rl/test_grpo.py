@@ -168,11 +168,15 @@ def test_a_resume_must_not_change_what_is_learned(home, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"parallel": {"context": 2, "gpus": 2}}, "parallel.context is 2: inference keeps whole sequences; set it to 1"),
-        ({"parallel": {"virtual_pipeline": 2}}, "parallel.virtual_pipeline is set"),
-        ({"parallel": {"overlap_param_gather": True}}, "parallel.overlap_param_gather is on"),
-        ({"parallel": {"gpus": 3}}, "grpo.prompts_per_step is 10, which 3 data-parallel ranks do not divide; 3 would pass"),
-        ({"parallel": {"micro_batch_samples": 7}}, "80 samples per optimizer step are no multiple of parallel.micro_batch_samples 7"),
+        ({"parallel": {"context": 2, "gpus": 2}}, "parallel.context = 2: inference keeps whole sequences; 1, with more tensor parallelism"),
+        ({"parallel": {"virtual_pipeline": 2}}, "parallel.virtual_pipeline = 2: inference knows no interleaved schedule; null"),
+        ({"parallel": {"overlap_param_gather": True}}, "parallel.overlap_param_gather = True: rollouts would read weights"),
+        ({"parallel": {"loss_chunk_tokens": 64}}, "parallel.loss_chunk_tokens = 64: the loss is computed from the logits"),
+        ({"parallel": {"gpus": 3}}, "grpo.prompts_per_step = 10: 3 data-parallel ranks, which answer a share each, do not divide it; e.g. 9"),
+        (
+            {"parallel": {"micro_batch_samples": 7}},
+            "parallel.micro_batch_samples = 7: x 1 data-parallel ranks does not divide the 80 samples of an optimizer step; e.g. 1",
+        ),
         ({"grpo": {"kl_coefficient": 0.1}}, "grpo.kl_coefficient is positive but there is no initial checkpoint"),
         ({"prompts": ["/nowhere.jsonl"]}, "prompts /nowhere.jsonl: No such file or directory"),
         ({"tokenizer": "/nowhere"}, "/nowhere"),

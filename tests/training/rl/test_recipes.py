@@ -145,7 +145,7 @@ def test_the_plan_shows_the_stages(recipe):
         ("parallel", {"virtual_pipeline": 2}, "parallel.virtual_pipeline", "inference knows no interleaved schedule"),
         ("parallel", {"overlap_param_gather": True}, "parallel.overlap_param_gather", "rollouts would read weights"),
         ("parallel", {"loss_chunk_tokens": 64}, "parallel.loss_chunk_tokens", "from the logits of the responses"),
-        ("parallel", {"gpus": 48}, "prompts_per_step", "24 data-parallel ranks x 1 optimizer steps do not divide it"),
+        ("parallel", {"gpus": 48}, "prompts_per_step", "24 data-parallel ranks, which answer a share each, do not divide it"),
         ("parallel", {"micro_batch_samples": 7}, "parallel.micro_batch_samples", "does not divide the 1024 samples"),
         ("parallel", {"tensor": 3, "gpus": 48}, "parallel.tensor", ""),
         ("precision", {"fp8": "tensorwise"}, "precision.fp8", "single tokens are not decoded in FP8"),
