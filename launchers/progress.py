@@ -47,7 +47,8 @@ class StageProgress:
     gpus: int = 0
     """GPUs (on CPU: ranks) that train the stage; 0 for merges and exports."""
     flops_per_token: float | None = None
-    """Model FLOPs as `quarry plan` counts them (recipes/plan.py); None where they are not known, as for packed samples."""
+    """Model FLOPs as `quarry plan` counts them (recipes/plan.py); None where they are not known, as for packed samples and for documents that
+    stay apart while their lengths are not at hand."""
     peak_flops: float | None = None
     """Dense bf16 FLOP/s of one GPU; None on CPU."""
     eta_seconds: float | None = None
@@ -115,6 +116,7 @@ class RunProgress:
         self._heldout = {s: JsonLines(run.stage(s) / "heldout.jsonl") for s in self.recipe.stages}
         self._finished: dict[str, Row] = {}
         self._sft_steps: dict[str, int] = {}
+        self._flops: dict[str, float] = {}
         self.stages: list[StageProgress] = []
         self.data_failure: str | None = None
         """Why the data could not be prepared, if that is where the run stands."""
@@ -238,7 +240,7 @@ class RunProgress:
             progress.gpus = training.parallel.gpus
             progress.peak_flops = PEAK_BF16_FLOPS.get(self.recipe.cluster.gpu)
         if kind == "phase":
-            progress.flops_per_token = flops_per_token(self.recipe.model, self.recipe.phase[stage].seq_length_tokens)
+            progress.flops_per_token = self._flops_per_token(stage)
         self._read_metrics(progress)
         self._read_handoff(progress)
         self._read_journal(progress, rows)
@@ -248,6 +250,22 @@ class RunProgress:
             elif kind == "grpo":
                 progress.eta_seconds = (progress.steps - progress.step) * (progress.seconds_per_row or 0.0)
         return progress
+
+    def _flops_per_token(self, stage: str) -> float | None:
+        """Of a phase; where its documents stay apart None until their lengths are known."""
+        if stage not in self._flops:
+            phase = self.recipe.phase[stage]
+            attended: float = phase.seq_length_tokens
+            if phase.documents_apart:
+                from launchers.document_lengths import phase_lengths
+                from recipes.estimates import packing_of
+
+                packing = packing_of(phase, phase_lengths(self.recipe, stage))
+                if packing is None:
+                    return None  # not prepared yet, perhaps: asked again with the next look
+                attended = packing.attended_tokens
+            self._flops[stage] = flops_per_token(self.recipe.model, attended)
+        return self._flops[stage]
 
     def _steps(self, stage: str) -> int:
         """Steps of a stage as far as they are known: those of fine-tuning follow from its data."""

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import os
 import re
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from launchers import cli
+from launchers.document_lengths import known_lengths
 from launchers.journal import Journal
 from launchers.processes import started_at
 from launchers.progress import RunProgress
 from launchers.runs import RunFolder
 from launchers.view import plain_line
+from recipes.estimates import estimates
 from tests.launchers.posttrain_run import make_run
+from tests.launchers.test_document_lengths import write_view
 
 
 @pytest.fixture
@@ -75,6 +80,21 @@ def test_utilisation_and_time_left_on_gpus_are_the_plans_flops(run: RunFolder) -
     rate = 64.0 * 2 * flops(length) / flops(4 * length)
     assert b.eta_seconds == pytest.approx(progress.recipe.phase["b"].tokens / rate, abs=0.01)
     assert progress.eta_seconds == pytest.approx(sum(s.eta_seconds or 0.0 for s in progress.stages))
+
+
+def test_utilisation_counts_documents_that_stay_apart_by_their_own_lengths(run: RunFolder, tmp_path: Path) -> None:
+    recipe = on_gpus(run).recipe
+    apart = recipe.phase["a"].model_copy(update={"documents_apart": True})
+    data = recipe.data.model_copy(update={"root": str(tmp_path / "data")})
+    progress = RunProgress(run, recipe.model_copy(update={"phase": {**recipe.phase, "a": apart}, "data": data}))
+    assert progress.refresh()[0].model_flops_utilisation is None  # lengths are not known: no number that is too high
+    rng = np.random.default_rng(0)
+    write_view(tmp_path / "data", progress.recipe, "a", {name: rng.integers(1, 40, 500) for name in ("books", "code")})
+    found = progress.refresh()[0]
+    (planned,) = [e for e in estimates(progress.recipe, lengths=known_lengths(progress.recipe, ["a"])) if e.stage == "a"]
+    assert planned.attended_tokens is not None
+    assert planned.attended_tokens < apart.seq_length_tokens
+    assert found.model_flops_utilisation == pytest.approx(16.0 * planned.flops_per_token / 989e12)
 
 
 def test_fine_tuning_and_reinforcement_learning(harness: Any, capsys: pytest.CaptureFixture[str]) -> None:
