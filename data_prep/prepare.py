@@ -35,6 +35,10 @@ def prepare(recipe: Recipe, *, progress: Progress | None = None) -> None:
     with exclusive_lock(
         root / ".lock", lambda holder: progress.message(f"waiting for process {holder}, which prepares {root}")
     ):
+        if (root / "clean").is_dir():
+            from data_prep.clean.submitted import refuse_while_jobs_run
+
+            refuse_while_jobs_run(root)
         remove_leftovers(root)
         seen: dict[Path, str] = {}
         contents = _found(recipe, root, progress, seen)

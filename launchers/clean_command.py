@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from launchers.recipe_arguments import add_recipe_arguments
 
 if TYPE_CHECKING:
+    from data_prep.clean.slurm import Slurm
     from recipes.schema import Recipe
 
 EPILOG = """examples:
@@ -17,7 +18,7 @@ EPILOG = """examples:
   quarry clean data.cleaning.filters.web.c4=null                 without one filter
   quarry clean data.cleaning.near_duplicates.buckets=20          more hashes, a lower threshold
   quarry clean --tokenizer data/tokenizer/granite-4.1            count tokens too, with a tokenizer that exists
-  quarry clean --slurm cluster.options.partition=cpu             submit it as array jobs; run `quarry clean` again when they are done
+  quarry clean --slurm cluster=slurm cluster.options.partition=cpu    submit it as array jobs; run it again when they are done
 
 Only what a changed text or configuration makes necessary is done again; run it again after anything. `quarry prep` cleans too.
 The report is <data.root>/clean/funnel.md, .json and .png; what was removed lies beside it, with its reason.
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     """Returns 0; RecipeError or DataError (exit code 2) when recipe or data are refused."""
     from data_prep.clean.cleaner import clean
     from data_prep.clean.inputs import source_texts
+    from data_prep.clean.submitted import refuse_while_jobs_run
     from data_prep.errors import DataError
     from data_prep.files import exclusive_lock, remove_leftovers
     from data_prep.progress import Shown
@@ -67,42 +69,63 @@ def run(args: argparse.Namespace) -> int:
             raise DataError(f"--{option.replace('_', '-')} is {value}; give a number above 0")
     given = None if args.tokenizer is None else _given_tokenizer(args.tokenizer)  # before hours of cleaning, not behind them
     recipe = compose(args.overrides, args.config_dir)
+    slurm = _slurm(args, recipe) if args.slurm else None
     root, progress = Path(recipe.data.root), Shown()
     workers = args.workers or threads()
     with exclusive_lock(
         root / ".lock", lambda holder: progress.message(f"waiting for process {holder}, which prepares {root}")
     ):
+        refuse_while_jobs_run(root)
         remove_leftovers(root)
         inputs = source_texts(recipe, root, progress)
-        if args.slurm and _submitted(args, recipe, root, inputs):
+        if slurm is not None and _submitted(slurm, recipe, root, inputs):
             return 0
         clean(recipe, root, inputs, progress, workers)
         _show(recipe, root, given, workers)
     return 0
 
 
-def _submitted(args: argparse.Namespace, recipe: Recipe, root: Path, inputs: Any) -> bool:
-    """Submit what is missing and say so; False when nothing is."""
-    from data_prep.clean.slurm import Slurm, submit
+def _slurm(args: argparse.Namespace, recipe: Recipe) -> Slurm:
+    """What the jobs ask for; DataError for a recipe of another cluster, or with options that Slurm would misread."""
+    from pydantic import ValidationError
 
-    options = recipe.cluster.options
-    jobs = submit(
-        recipe,
-        root,
-        inputs,
-        Slurm(
-            partition=options.get("partition"),
-            account=options.get("account"),
-            time=options.get("time") or Slurm.time,
-            tasks_at_once=args.tasks_at_once,
-            memory_gb=args.memory_gb,
-        ),
+    from data_prep.clean.slurm import Slurm
+    from data_prep.errors import DataError
+    from recipes.slurm_options import slurm_options
+
+    if recipe.cluster.kind != "slurm":
+        raise DataError(
+            f"--slurm with cluster '{recipe.cluster.name}', which is no Slurm; add cluster=slurm cluster.options.partition=NAME"
+        )
+    try:
+        options = slurm_options(recipe.cluster.options)
+    except ValidationError as error:
+        raise DataError(
+            "\n".join(f"cluster.options.{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        ) from None
+    return Slurm(
+        partition=options.partition,
+        account=options.account,
+        qos=options.qos,
+        reservation=options.reservation,
+        constraint=options.constraint,
+        time=options.time,
+        tasks_at_once=args.tasks_at_once,
+        memory_gb=args.memory_gb,
     )
+
+
+def _submitted(slurm: Slurm, recipe: Recipe, root: Path, inputs: Any) -> bool:
+    """Submit what is missing and say so; False when nothing is."""
+    from data_prep.clean.slurm import submit
+
+    jobs = submit(recipe, root, inputs, slurm)
     for stage, job in jobs:
         print(f"{stage:<10} job {job}")
     if jobs:
         print(
-            "submitted; run the same command again, without --slurm, when the last job is done: it writes the records and the report"
+            f"logs       {root / 'clean' / '.work'}/*/STAGE/slurm_logs\n"
+            "submitted; run the same command again when the last job is done: it writes the records and the report, or submits what failed"
         )
     return bool(jobs)
 

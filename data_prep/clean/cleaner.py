@@ -36,9 +36,6 @@ from recipes.schema import Recipe
 if TYPE_CHECKING:
     from data_prep.clean.executors import Stage
 
-OPEN_FILES_RESERVE = 256
-"""Beside one file per shard."""
-
 
 def clean(
     recipe: Recipe, root: Path, inputs: dict[str, SourceText], progress: Progress, workers: int
@@ -256,7 +253,7 @@ class Job:
     def duplicate_stages(self) -> list[Stage]:
         """Stages that find what goes. Numbers of documents are read from the shards' records when a task runs."""
         from data_prep.clean import duplicates
-        from data_prep.clean.executors import Stage, raise_open_files
+        from data_prep.clean.executors import OPEN_FILES_RESERVE, Stage, raise_open_files
         from data_prep.clean.filtering import filtered_path
         from data_prep.clean.minhash import Buckets
 

@@ -117,6 +117,10 @@ def run_local(stage: Stage, work: Path, workers: int) -> bool:
     return True
 
 
+OPEN_FILES_RESERVE = 256
+"""Beside one file per shard."""
+
+
 def raise_open_files(wanted: int) -> int:
     """Raise this process's (and its children's) limit of open files towards `wanted`; returns what it is now."""
     import resource

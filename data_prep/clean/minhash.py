@@ -17,6 +17,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets, MinhashDedupSignature
 from datatrove.utils.hashing import HashConfig
 
+from data_prep.clean.executors import OPEN_FILES_RESERVE, raise_open_files
 from data_prep.clean.words import WordHashes, ngram_hashes, splitter, word_hashes
 from data_prep.files import atomic_write
 from recipes.cleaning import NearDuplicates
@@ -92,6 +93,8 @@ class Buckets(PipelineStep):
         self.config, self.signed, self.work = config, signed, work
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
+        # Also here: the limit of the process that submits a Slurm job need not reach it.
+        raise_open_files(len(self.signed) + OPEN_FILES_RESERVE)
         folder = self.work / "signatures" / f"bucket_{rank:03d}"
         folder.mkdir(parents=True, exist_ok=True)
         for shard, path in self.signed:

@@ -5,6 +5,7 @@ The jobs do all but the end: `clean` in a process then finds every stage complet
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from data_prep.clean.cleaner import Job
 from data_prep.clean.offline import OFFLINE
 from data_prep.clean.shards import SourceText
+from data_prep.clean.submitted import job_name, note_jobs
 from data_prep.errors import DataError
 from recipes.schema import Recipe
 
@@ -24,6 +26,9 @@ class Slurm:
     partition: str | None
     time: str = "24:00:00"
     account: str | None = None
+    qos: str | None = None
+    reservation: str | None = None
+    constraint: str | None = None
     tasks_at_once: int = 256
     memory_gb: int = 8
     """Of a task: the words and hashes of a shard's longest documents; a shard of 32 MiB of short ones needs 1 GB."""
@@ -43,37 +48,58 @@ def submit(recipe: Recipe, root: Path, inputs: dict[str, SourceText], slurm: Slu
         raise DataError(
             "cluster.options.partition is null; name the partition that the jobs run in: cluster.options.partition=NAME"
         )
-    from datatrove.executor import SlurmPipelineExecutor
-
-    from data_prep.clean.executors import is_complete, quiet
+    from data_prep.clean.array_job import ArrayJob
+    from data_prep.clean.executors import forget, is_complete, quiet
 
     job.begin()
+    asked = {"account": slurm.account, "reservation": slurm.reservation, "constraint": slurm.constraint}
     submitted: list[tuple[str, str]] = []
+    before: tuple[str, ...] = ()
     for stage in [job.filter_stage(), *job.duplicate_stages(), job.apply_stage()]:
+        if before:  # what comes after it is not complete, whatever was done before
+            forget(stage, job.work)
         if is_complete(job.work, stage):
             continue
-        executor = SlurmPipelineExecutor(
+        executor = ArrayJob(
             pipeline=[stage.step],
             tasks=stage.tasks,
             time=slurm.time,
             partition=slurm.partition,
             workers=min(slurm.tasks_at_once, stage.tasks),
             mem_per_cpu_gb=slurm.memory_gb,
-            job_name=f"clean-{stage.name}",
-            qos=None,
-            sbatch_args={"account": slurm.account} if slurm.account else {},
+            job_name=job_name(stage.name),
+            qos=slurm.qos,
+            sbatch_args={key: value for key, value in asked.items() if value},
             env_command=_environment(),
             logging_dir=str(job.work / stage.name),
-            depends_job_id=submitted[-1][1] if submitted else None,
+            after=before,
         )
-        with quiet():
-            executor.run()
-        submitted.append((stage.name, str(executor.job_id)))
+        try:
+            with quiet():
+                executor.launch_job()
+        except DataError as error:
+            used = {"partition": slurm.partition, "time": slurm.time, "qos": slurm.qos, **asked}
+            options = " ".join(f"cluster.options.{key}={value}" for key, value in used.items() if value)
+            taken = [*(job_id for _, job_id in submitted), *executor.job_ids]
+            lines = [f"{error}; asked for with {options} --memory-gb {slurm.memory_gb}, which are yours to change"]
+            if taken:
+                lines.append(
+                    f"jobs {', '.join(taken)} were submitted before and go on; run it again when they are done, or cancel them: "
+                    f"scancel {' '.join(taken)}"
+                )
+            raise DataError("\n".join(lines)) from None
+        finally:
+            submitted += [(stage.name, job_id) for job_id in executor.job_ids]
+            note_jobs(job.work, submitted)
+        before = tuple(executor.job_ids)
     return submitted
 
 
 def _environment() -> str:
     """Shell lines that give a job this interpreter's commands, this code and no network."""
     code = Path(__file__).resolve().parents[2]
+    commands = shlex.quote(str(Path(sys.executable).parent))
     lines = [f"export {key}={value}" for key, value in OFFLINE.items()]
-    return "\n".join([*lines, f"export PATH={Path(sys.executable).parent}:$PATH", f"export PYTHONPATH={code}:$PYTHONPATH"])
+    # An empty entry at the end would be the folder that the job starts in.
+    path = f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"'
+    return "\n".join([*lines, f'export PATH={commands}:"$PATH"', path])
