@@ -120,7 +120,8 @@ def startup_corpus(corpus: Corpus, work: Path, workers: int) -> Corpus:
 def peers(corpus: Corpus, tokenizer: Path, megatron: Path | None, work: Path, workers: int, end: str) -> Iterator[Peer | str]:
     """The programs on one corpus; a line instead of one that cannot be run here."""
     base = {
-        **os.environ,
+        # Byte code is kept as for any user, that of the checkout too: the start-up runs, which come first, write it.
+        **{key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"},
         "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
         "TOKENIZERS_PARALLELISM": "true",
         "OMP_NUM_THREADS": "1",
