@@ -17,7 +17,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.slurm.bench import ON_N1, QUARRY, SLURM, STAGES, Bench, decisions, drill, journal
+from tests.data_prep.helpers import tree
+from tests.slurm.bench import LIMIT_SECONDS, ON_N1, QUARRY, SLURM, STAGES, Bench, decisions, drill, journal
+from tests.slurm.cleaning import COPIES, CleaningJobs
+from tests.slurm.cleaning import STAGES as CLEANING_STAGES
 
 pytestmark = [pytest.mark.slurm, pytest.mark.multirank]
 
@@ -45,6 +48,12 @@ def limited(bench: Bench) -> Path:
     return bench.submit(
         "limited", ON_N1, *limit, *drill(waits="foundation/4", saves="foundation/8=LIMIT"), "--to", "foundation"
     )
+
+
+@pytest.fixture(scope="module")
+def cleaning(bench: Bench) -> CleaningJobs:
+    """The jobs of a cleaning, which run beside the first chain."""
+    return CleaningJobs(bench)
 
 
 @pytest.mark.usefixtures("begun")
@@ -76,6 +85,7 @@ def test_facts_of_slurm_that_the_launcher_relies_on(slurm) -> None:
     assert len((slurm.root / f"{gpus}.out").read_text().strip().split(",")) == 2
 
 
+@pytest.mark.usefixtures("cleaning")
 def test_submitted_at_once_it_runs_to_the_end_and_equals_the_local_chain(bench: Bench, limited: Path) -> None:
     run = bench.submit("whole")
     jobs = bench.jobs(run)
@@ -155,6 +165,20 @@ def test_preempted_inside_a_save_and_a_node_whose_slurmd_dies(bench: Bench) -> N
     assert lost["step"] >= 8
     assert all("without a trace" in row["reason"] for row in (killed, lost))
     assert finished["decision"] == "next"
+
+
+def test_a_cleaning_as_jobs_equals_the_local_one(cleaning: CleaningJobs) -> None:
+    """`quarry clean --slurm`: five stages as arrays, each after the one before; then the same command writes the end."""
+    assert list(cleaning.jobs) == list(CLEANING_STAGES), cleaning.output
+    cleaning.wait(LIMIT_SECONDS)
+    # Two shards, two buckets; what is about all documents at once is one task.
+    assert list(cleaning.finished_tasks().values()) == [2, 1, 2, 1, 2], cleaning.explain()
+    for options in (["--slurm"], ["data.root='copies of text/local'"]):
+        code, output = cleaning.quarry(*options)
+        assert code == 0, output
+        assert "job " not in output, "nothing is left to submit"
+    assert cleaning.removed("local") == COPIES
+    assert tree(cleaning.folder / "data") == tree(cleaning.folder / "local")
 
 
 def test_a_time_limit_is_only_the_end_of_a_slice(bench: Bench, limited: Path) -> None:
