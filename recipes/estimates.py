@@ -6,13 +6,14 @@ Memory is recipes/memory.py's, FLOPs recipes/flops.py's, time recipes/throughput
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from recipes import grpo_stage, sft_stage
 from recipes.ab_arms import ARMS, arm_phase
-from recipes.document_packing import DocumentLengths, Known, Packing
+from recipes.document_packing import DocumentLengths, Known, Packing, grain_tokens
 from recipes.flops import flops_per_token
 from recipes.gpus import GPUS, Gpu
 from recipes.job_options import Optimizer
@@ -120,18 +121,34 @@ def job_memory_bytes(recipe: Recipe, job: Job, optimizer: Optimizer | None = Non
     The first pipeline stage has the embedding and most micro batches in flight, the last the logits: one of them is the fullest.
     """
     ranks = {0, job.parallel.pipeline - 1}
+    length = _computed_length(job)
     return max(
         rank_memory(
             job.model,
             job.parallel,
             job.precision,
             optimizer or recipe.optimizer,
-            seq_length_tokens=job.seq_length_tokens,
+            seq_length_tokens=length,
             micro_batches=max(1, int(job.micro_batches)),
             pipeline_rank=rank,
         ).total_bytes
         for rank in ranks
     )
+
+
+def _computed_length(job: Job) -> int:
+    """Tokens of a sample with the padding of its documents, as far as that is known: of the mean sample, rounded up to what packed sequences
+    are a multiple of."""
+    if job.packing is None or not job.packing.padding_share:
+        return job.seq_length_tokens
+    layout = job.parallel
+    grain = grain_tokens(
+        job.seq_length_tokens,
+        context=layout.context,
+        sequence_parallel=layout.tensor if layout.sequence_parallel else 1,
+        fp8=job.precision.fp8,
+    )
+    return grain * math.ceil(job.seq_length_tokens * (1 + job.packing.padding_share) / grain)
 
 
 def estimate(

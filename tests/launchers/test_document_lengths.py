@@ -17,6 +17,7 @@ from recipes.compose import compose
 from recipes.document_packing import squares_of_parts
 from recipes.estimates import estimate, estimates
 from recipes.flops import attention_flops_per_token_squared, matrix_flops_per_token
+from recipes.memory import rank_memory
 from recipes.plan import notes
 from recipes.schema import Recipe
 from recipes.search import search, with_stage
@@ -74,6 +75,27 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, lengths: dict[str, np.ndarr
     made = compose([f"data.root={root}"])
     write_view(root, made, "long_32k", lengths)
     return made
+
+
+def test_memory_is_that_of_the_padded_sample(tmp_path: Path) -> None:
+    made = compose([f"data.root={tmp_path}", "phase.long_32k.parallel.context=4"])
+    phase = made.phase["long_32k"]
+    assert phase.parallel.context == 4
+    write_view(tmp_path, made, "long_32k", {name: np.full(9000, 33) for name in WEIGHTS})
+    padded, whole = (estimate(made, "long_32k", lengths=known_lengths(made, stages)) for stages in (["long_32k"], []))
+    # Of 33 tokens each document becomes 40, one that a sample cuts more.
+    assert 7 / 33 < padded.padding_share < 9 / 33
+    length = phase.seq_length_tokens * (1 + padded.padding_share)
+    planned = [
+        rank_memory(
+            made.model, phase.parallel, phase.precision, made.optimizer, seq_length_tokens=tokens, micro_batches=whole_batches
+        )
+        for tokens in (phase.seq_length_tokens, int(length) // 64 * 64, int(length) // 64 * 64 + 64)
+        for whole_batches in [phase.global_batch_samples // (phase.parallel.data * phase.parallel.micro_batch_samples)]
+    ]
+    assert whole.memory_bytes == planned[0].total_bytes
+    assert planned[1].total_bytes <= padded.memory_bytes <= planned[2].total_bytes
+    assert padded.memory_bytes > whole.memory_bytes
 
 
 def test_flops_are_those_of_the_documents_one_by_one(recipe: Recipe, lengths: dict[str, np.ndarray]) -> None:
