@@ -55,11 +55,13 @@ def submit(recipe: Recipe, root: Path, inputs: dict[str, SourceText], slurm: Slu
     asked = {"account": slurm.account, "reservation": slurm.reservation, "constraint": slurm.constraint}
     submitted: list[tuple[str, str]] = []
     before: tuple[str, ...] = ()
+    tasks: dict[str, int] = {}
     for stage in [job.filter_stage(), *job.duplicate_stages(), job.apply_stage()]:
         if before:  # what comes after it is not complete, whatever was done before
             forget(stage, job.work)
         if is_complete(job.work, stage):
             continue
+        tasks[stage.name] = stage.tasks
         executor = ArrayJob(
             pipeline=[stage.step],
             tasks=stage.tasks,
@@ -90,7 +92,7 @@ def submit(recipe: Recipe, root: Path, inputs: dict[str, SourceText], slurm: Slu
             raise DataError("\n".join(lines)) from None
         finally:
             submitted += [(stage.name, job_id) for job_id in executor.job_ids]
-            note_jobs(job.work, submitted)
+            note_jobs(job.work, submitted, tasks)
         before = tuple(executor.job_ids)
     return submitted
 

@@ -5,6 +5,7 @@ Jobs hold no lock. Who would clean, prepare or submit beside them would remove t
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -24,23 +25,27 @@ def job_name(stage: str) -> str:
     return PREFIX + stage
 
 
-def note_jobs(work: Path, jobs: list[tuple[str, str]]) -> None:
-    """Write down (stage, job id); the file is whole at any time."""
-    write_json(work / NAME, {"jobs": [{"stage": stage, "job": job} for stage, job in jobs]})
+def note_jobs(work: Path, jobs: list[tuple[str, str]], tasks: dict[str, int]) -> None:
+    """Write down (stage, job id) and how many tasks each stage has; the file is whole at any time."""
+    write_json(work / NAME, {"jobs": [{"stage": stage, "job": job, "tasks": tasks[stage]} for stage, job in jobs]})
 
 
 def noted_jobs(root: Path) -> list[tuple[str, str]]:
-    """(stage, job id) of all that was submitted for `root` and is not finished by a `clean`."""
-    import json
-
+    """(stage, job id) of all that was submitted for `root`, has tasks that are not done, and is not finished by a `clean`."""
     found = []
     for path in sorted((root / "clean" / ".work").glob(f"*/{NAME}")):
-        found += [(entry["stage"], entry["job"]) for entry in json.loads(path.read_bytes())["jobs"]]
+        for entry in json.loads(path.read_bytes())["jobs"]:
+            done = sum(1 for _ in (path.parent / entry["stage"] / "completions").glob("*"))
+            if done < entry["tasks"]:
+                found.append((entry["stage"], entry["job"]))
     return found
 
 
 def refuse_while_jobs_run(root: Path) -> None:
-    """DataError while jobs submitted for `root` wait or run, or where nobody can tell. The caller holds the root's lock."""
+    """DataError while jobs submitted for `root` wait or run, or where nobody can tell. The caller holds the root's lock.
+
+    Where all tasks are done nobody is asked: a container on the cluster, which prepares the rest, may have no squeue.
+    """
     jobs = noted_jobs(root)
     if not jobs:
         return

@@ -108,6 +108,7 @@ def test_running_what_was_submitted_gives_the_bytes_of_a_local_run(tmp_path, clu
     assert (root / "clean" / "code_a" / "filtered" / "00000.json").exists()
     for stage, _ in submitted:
         run_tasks(next(root.glob(f"clean/.work/*/{stage}")), monkeypatch)
+    assert noted_jobs(root) == []
     # The end is here; it does no stage again.
     monkeypatch.setattr("data_prep.clean.executors.InProcess.run", None)
     planted.run(folder, made)
@@ -177,7 +178,8 @@ class TestBesideLiveJobs:
 
     @pytest.fixture
     def root(self, tmp_path):
-        note_jobs(tmp_path / "data" / "clean" / ".work" / ("0" * 16), [("filter", "11"), ("near", "12")])
+        work = tmp_path / "data" / "clean" / ".work" / ("0" * 16)
+        note_jobs(work, [("filter", "11"), ("near", "12")], {"filter": 1, "near": 2})
         return tmp_path / "data"
 
     @pytest.fixture
@@ -208,9 +210,18 @@ class TestBesideLiveJobs:
         with pytest.raises(DataError, match="squeue failed: no controller; if you know"):
             refuse_while_jobs_run(root)
 
-    def test_no_job_no_question(self, tmp_path, squeue):
-        squeue("exit 1")
-        refuse_while_jobs_run(tmp_path / "data")
+    def test_nobody_is_asked_without_a_job_or_when_all_tasks_are_done(self, root, squeue, tmp_path):
+        refuse_while_jobs_run(tmp_path / "other")
+        work = next((root / "clean" / ".work").iterdir())
+        for task, left in (
+            ("filter/completions/00000", ["12"]),
+            ("near/completions/00000", ["12"]),
+            ("near/completions/00001", []),
+        ):
+            (work / task).parent.mkdir(parents=True, exist_ok=True)
+            (work / task).touch()
+            assert [job for _, job in noted_jobs(root)] == left
+        refuse_while_jobs_run(root)
 
     def test_clean_and_prep_leave_the_root_alone(self, root, squeue, tmp_path):
         squeue("echo 11")
