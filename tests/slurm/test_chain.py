@@ -171,8 +171,8 @@ def test_a_cleaning_as_jobs_equals_the_local_one(cleaning: CleaningJobs) -> None
     """`quarry clean --slurm`: five stages as arrays, each after the one before; then the same command writes the end."""
     assert list(cleaning.jobs) == list(CLEANING_STAGES), cleaning.output
     cleaning.wait(LIMIT_SECONDS)
-    # Two shards, two buckets; what is about all documents at once is one task.
-    assert list(cleaning.finished_tasks().values()) == [2, 1, 2, 1, 2], cleaning.explain()
+    # Two shards and one bucket; what is about all documents at once is one task.
+    assert list(cleaning.finished_tasks().values()) == [2, 1, 1, 1, 2], cleaning.explain()
     for options in (["--slurm"], ["data.root='copies of text/local'"]):
         code, output = cleaning.quarry(*options)
         assert code == 0, output
