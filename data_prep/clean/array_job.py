@@ -1,8 +1,8 @@
 """datatrove's Slurm executor, submitted so that a real Slurm takes it, whatever the paths, and so that a failure ends the chain.
 
-Seen on Slurm 22.05: datatrove's own submission writes paths unquoted into `#SBATCH` lines and the shell; what waits for a failed job
-waits for ever; of a stage in several arrays the next one waits for the last only; a refusal of sbatch arrives as a traceback without
-its reason; and one more job per stage adds up statistics that nobody reads, beside and after the end. Tasks are datatrove's.
+datatrove's own submission writes paths unquoted into `#SBATCH` lines and the shell, leaves what waits for a failed job waiting for
+ever, shows a refusal of sbatch as a traceback, submits one more job per stage for statistics that nobody reads (all seen on Slurm
+22.05), and of a stage in several arrays lets the next wait for the last only (read). The tasks are datatrove's.
 """
 
 from __future__ import annotations
