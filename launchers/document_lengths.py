@@ -30,10 +30,11 @@ def known_lengths(recipe: Recipe, stages: Sequence[str]) -> dict[str, Known]:
     return {s: phase_lengths(recipe, s) for s in apart} | {s: sft_packing(recipe, s) for s in tuned}
 
 
-def phase_lengths(recipe: Recipe, stage: str) -> DocumentLengths | str:
+def phase_lengths(recipe: Recipe, stage: str, per_source: int | None = None) -> DocumentLengths | str:
     """Lengths of the documents in the views of `stage`, or why they are not known: nothing prepared, or for another recipe, or damaged.
 
-    Looks at the manifest and at sizes, not at digests: a plan starts nothing.
+    Looks at the manifest and at sizes, not at digests: a plan starts nothing. `per_source`: lengths read of a view that has more, at
+    least two BLOCK_DOCUMENTS (None: SAMPLED_DOCUMENTS).
     """
     root = Path(recipe.data.root)
     if not (root / "views" / stage / "manifest.json").is_file():
@@ -52,7 +53,7 @@ def phase_lengths(recipe: Recipe, stage: str) -> DocumentLengths | str:
         for source in manifest.sources.values():
             lengths = open_lengths(idx_path(root / source.prefix))
             read, tokens, found = 0, 0.0, []
-            for block in _blocks(lengths):
+            for block in _blocks(lengths, per_source or SAMPLED_DOCUMENTS):
                 read, tokens = read + len(block), tokens + float(block.sum())
                 found += _grouped(block)
             for length, count in found:
@@ -99,12 +100,12 @@ def _made_for_another(made_with: dict, seq_length_tokens: int, phase: Phase) -> 
     return next((key for key, value in values.items() if made_with.get(key) != value), None)
 
 
-def _blocks(lengths: Column) -> Iterator[np.ndarray]:
-    """All lengths, or blocks at equal distances with SAMPLED_DOCUMENTS of them."""
-    if len(lengths) <= SAMPLED_DOCUMENTS:
+def _blocks(lengths: Column, most: int) -> Iterator[np.ndarray]:
+    """All lengths, or blocks at equal distances with `most` of them."""
+    if len(lengths) <= most:
         yield lengths[:]
         return
-    blocks = SAMPLED_DOCUMENTS // BLOCK_DOCUMENTS
+    blocks = most // BLOCK_DOCUMENTS
     for block in range(blocks):
         start = (len(lengths) - BLOCK_DOCUMENTS) * block // (blocks - 1)
         yield lengths[start : start + BLOCK_DOCUMENTS]

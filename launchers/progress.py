@@ -22,6 +22,8 @@ State = Literal["waiting", "running", "finished", "failed", "interrupted"]
 
 RATE_WINDOW_ROWS = 20
 """Logged steps over which the present speed is taken."""
+LENGTHS_PER_SOURCE = 1 << 14
+"""Of documents that stay apart: fewer than a plan reads, because a look at a run must not take longer for hundreds of sources."""
 
 
 @dataclass
@@ -47,8 +49,9 @@ class StageProgress:
     gpus: int = 0
     """GPUs (on CPU: ranks) that train the stage; 0 for merges and exports."""
     flops_per_token: float | None = None
-    """Model FLOPs as `quarry plan` counts them (recipes/plan.py); None where they are not known, as for packed samples and for documents that
-    stay apart while their lengths are not at hand."""
+    """Model FLOPs as `quarry plan` counts them (recipes/plan.py); None where they are not known, as for packed samples, and on CPU."""
+    lengths_known: bool = True
+    """False: documents stay apart and nothing tells their lengths, so that flops_per_token, of whole samples, is an upper bound."""
     peak_flops: float | None = None
     """Dense bf16 FLOP/s of one GPU; None on CPU."""
     eta_seconds: float | None = None
@@ -76,7 +79,7 @@ class StageProgress:
         rate = self.tokens_per_second_per_gpu
         return (
             None
-            if rate is None or not self.flops_per_token or not self.peak_flops
+            if rate is None or not self.flops_per_token or not self.peak_flops or not self.lengths_known
             else rate * self.flops_per_token / self.peak_flops
         )
 
@@ -116,7 +119,7 @@ class RunProgress:
         self._heldout = {s: JsonLines(run.stage(s) / "heldout.jsonl") for s in self.recipe.stages}
         self._finished: dict[str, Row] = {}
         self._sft_steps: dict[str, int] = {}
-        self._flops: dict[str, float] = {}
+        self._attended: dict[str, float] = {}
         self.stages: list[StageProgress] = []
         self.data_failure: str | None = None
         """Why the data could not be prepared, if that is where the run stands."""
@@ -239,8 +242,10 @@ class RunProgress:
         if training is not None:
             progress.gpus = training.parallel.gpus
             progress.peak_flops = PEAK_BF16_FLOPS.get(self.recipe.cluster.gpu)
-        if kind == "phase":
-            progress.flops_per_token = self._flops_per_token(stage)
+        if kind == "phase" and progress.peak_flops:
+            attended = self._attended_tokens(stage)
+            length = self.recipe.phase[stage].seq_length_tokens if attended is None else attended
+            progress.flops_per_token, progress.lengths_known = flops_per_token(self.recipe.model, length), attended is not None
         self._read_metrics(progress)
         self._read_handoff(progress)
         self._read_journal(progress, rows)
@@ -251,21 +256,21 @@ class RunProgress:
                 progress.eta_seconds = (progress.steps - progress.step) * (progress.seconds_per_row or 0.0)
         return progress
 
-    def _flops_per_token(self, stage: str) -> float | None:
-        """Of a phase; where its documents stay apart None until their lengths are known."""
-        if stage not in self._flops:
+    def _attended_tokens(self, stage: str) -> float | None:
+        """Tokens that attention spans around a token of a phase; where documents stay apart None until their lengths are known."""
+        if stage not in self._attended:
             phase = self.recipe.phase[stage]
             attended: float = phase.seq_length_tokens
             if phase.documents_apart:
                 from launchers.document_lengths import phase_lengths
                 from recipes.estimates import packing_of
 
-                packing = packing_of(phase, phase_lengths(self.recipe, stage))
+                packing = packing_of(phase, phase_lengths(self.recipe, stage, LENGTHS_PER_SOURCE))
                 if packing is None:
                     return None  # not prepared yet, perhaps: asked again with the next look
                 attended = packing.attended_tokens
-            self._flops[stage] = flops_per_token(self.recipe.model, attended)
-        return self._flops[stage]
+            self._attended[stage] = attended
+        return self._attended[stage]
 
     def _steps(self, stage: str) -> int:
         """Steps of a stage as far as they are known: those of fine-tuning follow from its data."""

@@ -29,6 +29,12 @@ def grain_tokens(seq_length_tokens: int, *, context: int, sequence_parallel: int
     return unit if context == 1 else unit * max(1, math.floor(seq_length_tokens * GRAIN_SHARE / unit))
 
 
+def layout_grain_tokens(seq_length_tokens: int, parallel: Parallel, precision: Precision) -> int:
+    """grain_tokens of a layout and precision of a recipe."""
+    sequence_parallel = parallel.tensor if parallel.sequence_parallel else 1
+    return grain_tokens(seq_length_tokens, context=parallel.context, sequence_parallel=sequence_parallel, fp8=precision.fp8)
+
+
 @dataclass(frozen=True)
 class Packing:
     """Of an average token of a stage whose documents stay apart. In fine-tuning, whose packed sequences are as long as the stage says: of an
@@ -60,8 +66,7 @@ class DocumentLengths:
             padding += count * padding_of_parts(tokens, length, multiple)
             whole += count * max(0.0, tokens - length + 1)  # samples that lie in one document, times their length
         if parallel.context > 1:
-            sequence_parallel = parallel.tensor if parallel.sequence_parallel else 1
-            grain = grain_tokens(length, context=parallel.context, sequence_parallel=sequence_parallel, fp8=precision.fp8)
+            grain = layout_grain_tokens(length, parallel, precision)
             samples = parallel.micro_batch_samples
             some = 1 - min(1.0, whole) ** samples  # micro batches in which a document ends
             # Rounded up from anywhere between two multiples of the grain; by nearly all of it where padding is less than that.

@@ -13,7 +13,7 @@ from typing import Any
 
 from recipes import grpo_stage, sft_stage
 from recipes.ab_arms import ARMS, arm_phase
-from recipes.document_packing import DocumentLengths, Known, Packing, grain_tokens
+from recipes.document_packing import DocumentLengths, Known, Packing, layout_grain_tokens
 from recipes.flops import flops_per_token
 from recipes.gpus import GPUS, Gpu
 from recipes.job_options import Optimizer
@@ -141,13 +141,7 @@ def _computed_length(job: Job) -> int:
     are a multiple of."""
     if job.packing is None or not job.packing.padding_share:
         return job.seq_length_tokens
-    layout = job.parallel
-    grain = grain_tokens(
-        job.seq_length_tokens,
-        context=layout.context,
-        sequence_parallel=layout.tensor if layout.sequence_parallel else 1,
-        fp8=job.precision.fp8,
-    )
+    grain = layout_grain_tokens(job.seq_length_tokens, job.parallel, job.precision)
     return grain * math.ceil(job.seq_length_tokens * (1 + job.packing.padding_share) / grain)
 
 

@@ -87,7 +87,10 @@ def test_utilisation_counts_documents_that_stay_apart_by_their_own_lengths(run: 
     apart = recipe.phase["a"].model_copy(update={"documents_apart": True})
     data = recipe.data.model_copy(update={"root": str(tmp_path / "data")})
     progress = RunProgress(run, recipe.model_copy(update={"phase": {**recipe.phase, "a": apart}, "data": data}))
-    assert progress.refresh()[0].model_flops_utilisation is None  # lengths are not known: no number that is too high
+    unknown, waiting, *_ = progress.refresh()
+    assert unknown.model_flops_utilisation is None  # lengths are not known: no number that is too high
+    # What is left is estimated as for whole samples.
+    assert waiting.eta_seconds == on_gpus(run).refresh()[1].eta_seconds
     rng = np.random.default_rng(0)
     write_view(tmp_path / "data", progress.recipe, "a", {name: rng.integers(1, 40, 500) for name in ("books", "code")})
     found = progress.refresh()[0]
